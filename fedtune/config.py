@@ -1,0 +1,185 @@
+"""Every setting of a run: one dataclass per topic. A field is a flag, a YAML key and an attribute.
+
+HuggingFace's own settings (`TrainingArguments`, `SFTConfig`) are not repeated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from fedtune.errors import ConfigError
+
+__all__ = [
+    "AdapterArguments",
+    "Arguments",
+    "DataArguments",
+    "FederationArguments",
+    "ModelArguments",
+    "RunArguments",
+]
+
+ARMS = ("centralized", "centralized_large_batch", "local", "fixed_global", "parity")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+T = TypeVar("T")
+
+
+def setting(default: T, help: str, **metadata: Any) -> T:
+    """A dataclass field with its `--help` text."""
+    value: T = field(default=default, metadata={"help": help, **metadata})
+    return value
+
+
+@dataclass
+class ModelArguments:
+    """Base model."""
+
+    model_name_or_path: str | None = setting(
+        None, "Model directory or hub id. Default: the tiny model inside the package."
+    )
+    load_in_4bit: bool = setting(False, "QLoRA: quantize the base model to 4 bit (bitsandbytes).")
+    load_in_8bit: bool = setting(False, "Quantize the base model to 8 bit (bitsandbytes).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "4-bit data type.")
+
+
+@dataclass
+class AdapterArguments:
+    """What is trained, and so what travels."""
+
+    peft_method: Literal[
+        "lora", "dora", "p_tuning", "prompt_tuning", "prefix_tuning", "ia3", "none"
+    ] = setting("lora", "Adapter kind; `none` trains and sends the full model.")
+    lora_r: int = setting(8, "LoRA rank r.")
+    lora_alpha: int = setting(16, "LoRA alpha; the update is scaled by alpha / r.")
+    lora_dropout: float = setting(0.0, "LoRA dropout.")
+    lora_target_modules: str | None = setting(
+        None, "Comma-separated module names, or `all-linear`. Default: PEFT's choice for the model."
+    )
+    use_rslora: bool = setting(False, "Rank-stabilized LoRA: scale by alpha / sqrt(r).")
+    modules_to_save: str | None = setting(
+        None, "Comma-separated modules that are trained in full and travel with the adapter."
+    )
+    num_virtual_tokens: int = setting(20, "Virtual tokens of p-tuning, prompt and prefix tuning.")
+    encoder_hidden_size: int = setting(
+        128, "Hidden size of the p-tuning encoder and the prefix projection."
+    )
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = setting("MLP", "p-tuning encoder.")
+    prefix_projection: bool = setting(False, "Project the prefix embeddings (prefix tuning).")
+    init_adapter: str | None = setting(None, "Start from the adapter in this directory.")
+
+
+@dataclass
+class DataArguments:
+    """Rows, prompts and who owns them."""
+
+    dataset_name: str | None = setting(None, "Hub id of a data set (split `train`).")
+    train_file: str | None = setting(
+        None, "jsonl, csv or parquet file. Default: the corpus inside the package."
+    )
+    eval_file: str | None = setting(
+        None, "Held-out file; without one, --eval_fraction is held out before partitioning."
+    )
+    eval_fraction: float = setting(0.1, "Share of the rows held out when there is no eval file.")
+    max_rows: int | None = setting(None, "Use only the first N rows.")
+    text_column: str | None = setting(None, "Text column. Default: found by name.")
+    label_column: str | None = setting(None, "Label column. Default: found by name.")
+    partition: Literal["iid", "dirichlet", "column", "size"] = setting(
+        "iid", "How rows are dealt to the clients of a simulation."
+    )
+    partition_alpha: float = setting(0.5, "dirichlet: concentration; small is skewed.")
+    partition_column: str | None = setting(
+        None, "dirichlet: column whose mix is skewed (the label); column: natural owner of a row."
+    )
+    min_rows: int | None = setting(None, "Fewest rows a client may get. Default: one batch.")
+
+
+@dataclass
+class FederationArguments:
+    """Rounds, clients and the method."""
+
+    engine: Literal["inline", "ray"] = setting(
+        "inline", "inline: this process, one client after the other; ray: Flower's simulation."
+    )
+    num_clients: int = setting(3, "Clients of a simulation.")
+    num_rounds: int = setting(3, "Rounds.")
+    steps_per_round: int | None = setting(None, "Optimizer steps of a client per round.")
+    epochs_per_round: float | None = setting(
+        None, "Passes of a client over its rows per round. Default: 1, unless steps are given."
+    )
+    fraction_train: float = setting(1.0, "Share of the clients sampled in a round.")
+    min_replies: str | None = setting(
+        None, "Good updates a round needs: a number, or a fraction of those asked. Default: all."
+    )
+    round_timeout_s: float = setting(3600.0, "Seconds a round may take.")
+    max_failed_rounds: int = setting(
+        2, "How many times one round may fail before the run ends with an error."
+    )
+    strategy: str = setting("fedavg", "Method, or methods joined by `+` (one of each axis).")
+    strategy_args: str | None = setting(None, "Settings of the method: k=v,...")
+    weight_by: Literal["tokens", "examples", "uniform"] = setting(
+        "tokens", "Weight of a client in the mean: what it trained on in the round."
+    )
+    client_state: Literal["carry", "reset"] = setting(
+        "carry", "carry: optimizer, RNG and data position continue over rounds; reset: fresh."
+    )
+    cpus_per_client: float = setting(1.0, "ray: CPUs that one client occupies.")
+    gpus_per_client: float = setting(0.0, "ray: GPUs that one client occupies (may be < 1).")
+    save_every_rounds: int = setting(1, "Write the server state every N rounds.")
+
+
+@dataclass
+class RunArguments:
+    """This run: repetitions, comparison, output."""
+
+    config: str | None = setting(None, "YAML file with defaults; flags win.")
+    seeds: str | None = setting(None, "Comma-separated seeds, one whole run each. Default: 42.")
+    compare: str | None = setting(
+        None, f"Arms to compare with, comma-separated: {', '.join(ARMS)}; or `all`."
+    )
+    resume: bool = setting(False, "Continue the run in --output_dir from its last durable round.")
+    overwrite: bool = setting(False, "Delete an earlier run in --output_dir first.")
+    dry_run: bool = setting(False, "Print rows, steps, bytes and memory; train nothing.")
+    track: str | None = setting(
+        None, f"Log per-round server scalars to: {', '.join(TRACKERS)} (comma-separated)."
+    )
+
+
+@dataclass
+class Arguments:
+    """All groups of a run, as the recipe's functions receive them."""
+
+    model: ModelArguments
+    adapter: AdapterArguments
+    data: DataArguments
+    federation: FederationArguments
+    run: RunArguments
+    training: Any  # TrainingArguments or SFTConfig
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of this run, in order; `--seeds` or `--seed`."""
+        if self.run.seeds is None:
+            return [int(self.training.seed)]
+        return split_ints(self.run.seeds, "--seeds")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Arms named by `--compare`, in the order of `ARMS`."""
+        named = split_names(self.run.compare)
+        return ARMS if named == ["all"] else tuple(arm for arm in ARMS if arm in named)
+
+
+def split_names(text: str | None) -> list[str]:
+    """`"a, b"` -> `["a", "b"]`; None and the empty string give an empty list."""
+    return [name for name in (part.strip() for part in (text or "").split(",")) if name]
+
+
+def split_ints(text: str, flag: str) -> list[int]:
+    """`"1,2"` -> `[1, 2]`; raises ConfigError that names the flag."""
+    try:
+        return [int(part) for part in str(text).split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{flag}: expected whole numbers joined by commas, received {text!r}. Example: 1,2,3"
+        ) from None

@@ -1,0 +1,30 @@
+"""Errors a user can act on. Each message says what, expected, received and fix, in one line.
+
+FedtuneError
+├── ConfigError      flags, YAML values and their combinations
+├── DataError        files, columns, partitions
+├── ManifestError    parameters that do not match the adapter they are meant for
+└── RoundError       a federation that cannot go on
+"""
+
+__all__ = ["ConfigError", "DataError", "FedtuneError", "ManifestError", "RoundError"]
+
+
+class FedtuneError(Exception):
+    """Base of all errors that fedtune raises on purpose."""
+
+
+class ConfigError(FedtuneError, ValueError):
+    """A setting is unknown, out of range, or does not go together with another one."""
+
+
+class DataError(FedtuneError, ValueError):
+    """A data file, column or partition cannot give every client what it needs."""
+
+
+class ManifestError(FedtuneError, ValueError):
+    """Parameters differ from the manifest: a key, shape, dtype or value; the message names it."""
+
+
+class RoundError(FedtuneError, RuntimeError):
+    """Too many rounds failed, or no client can take part."""

@@ -7,6 +7,7 @@ trailing digit (``{name2}``) draws another value of the same slot.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,116 +19,147 @@ T = TypeVar("T")
 LABELS = ("negative", "neutral", "positive")
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Split a comma-separated list of slot values."""
-    return tuple(part.strip() for part in text.split(","))
+def phrases(text: str) -> tuple[str, ...]:
+    """Split phrases at slashes; an empty one stays."""
+    return tuple(" ".join(part.split()) for part in text.split("/"))
 
 
 MOODS: dict[str, tuple[str, ...]] = {
-    "negative": (
-        "I am not happy about this.", "This is really annoying.", "I am very upset.",
-        "It was a bad day and I am tired of waiting.", "Nobody helped me.",
-        "I am worried and angry.", "It is broken again.", "This was a poor start.",
-    ),
-    "neutral": (
-        "I only want to know the time.", "This is just a question.", "Please tell me more.",
-        "I am writing to ask about it.", "There is no hurry.", "Please send the details.",
-        "I would like to check the date.", "Please let me know.",
-    ),
-    "positive": (
-        "I am very happy with it.", "Thank you, this was great.", "Everyone was so kind.",
-        "It works well and I am glad.", "What a good start.", "I really like it.",
-        "You did a fine job.", "It was a lovely day.",
-    ),
+    "negative": phrases("""
+        I am not happy about this. / This is really annoying. / I am very upset. /
+        It was a bad day and I am tired of waiting. / Nobody helped me. /
+        I am worried and angry. / It is broken again. / This was a poor start.
+    """),
+    "neutral": phrases("""
+        I only want to know the time. / This is just a question. / Please tell me more. /
+        I am writing to ask about it. / There is no hurry. / Please send the details. /
+        I would like to check the date. / Please let me know.
+    """),
+    "positive": phrases("""
+        I am very happy with it. / Thank you, this was great. / Everyone was so kind. /
+        It works well and I am glad. / What a good start. / I really like it. /
+        You did a fine job. / It was a lovely day.
+    """),
 }
 
 GENERAL: Grammar = {
-    "name": words(
-        "Anna, Ben, Clara, David, Emma, Felix, Grace, Henry, Ivy, Jack, Kate, Leo, Mia, Noah, "
-        "Olga, Paul, Rosa, Sam, Tara, Victor"
-    ),
-    "day": words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday"),
-    "hour": words("two, three, four, five, six, seven, eight, nine, ten"),
-    "count": words("two, three, four, five, six, ten, many, a few"),
-    "when": (
-        "in the morning", "in the evening", "on {day}", "before noon", "after lunch", "last week",
-        "every day", "at {hour}", "by {day}", "within {count} days", "the same day", "next week",
-    ),
-    "thing": words(
-        "lamp, table, key, book, letter, box, bag, coat, map, bell, cup, chair, door, window, "
-        "bread, apple, picture, garden, boat, bicycle, clock, basket, ticket, phone, report, paper"
-    ),
-    "adj": words(
-        "old, new, small, big, red, green, blue, warm, cold, clean, broken, heavy, quiet, bright, "
-        "long, short, good, simple, full, late"
-    ),
-    "where": (
-        "in the kitchen", "in the garden", "at the market", "near the river", "on the shelf",
-        "at school", "in the library", "at the station", "under the table", "on the first floor",
-        "in the next room", "at the front desk", "by the old bridge", "in the office",
-    ),
-    "who": words(
-        "teacher, farmer, baker, driver, neighbour, visitor, doctor, manager, student, writer, "
-        "guard, cook, clerk, friend, child"
-    ),
-    "act": words(
-        "found, took, opened, closed, moved, cleaned, sold, bought, painted, carried, lost, made, "
-        "wanted, checked, sent, signed, read, brought"
-    ),
-    "todo": words(
-        "find, take, open, close, move, clean, sell, buy, carry, bring, check, send, sign, read"
-    ),
-    "weather": (
-        "It was a {adj} day.", "The rain came {when}.", "The sun was bright.",
-        "The wind was cold.", "There was snow {where}.", "The sky was blue.",
-    ),
-    "say": (
-        '"The {thing} is {where}," said {name}.', '{name} asked, "Where is the {thing}?"',
-        '"Please {todo} the {thing}," said the {who}.', '"Thank you," said the {who}.',
-        '{name2} answered, "We have to {todo} it {when}."', '"I will {todo} it," said {name}.',
-    ),
-    "event": (
-        "{name} {act} the {adj} {thing} {where}.", "The {who} {act} a {thing2} {when}.",
-        "{name} and {name2} went to the {who} {when}.", "The {thing} was {adj} and {adj2}.",
-        "{name} had {count} things to do.", "They did not {todo} the {thing2}.",
-        "The {who} told {name} about the {thing}.", "It was not easy to {todo} the {thing}.",
-        "{name2} called the {who}, but there was no answer.", "{name} waited {where}.",
-        "After that, the {who} {act} it again.", "{name2} will {todo} the {thing2} {when}.",
-        "If the {thing} is {adj}, the {who} has to {todo} it.", "{name} works {where}.",
-        "The {thing} of {name2} is now {where}.", "{say1}", "{say2}", "{weather}",
-    ),
-    "story": (
-        "{event1} {event2} {event3} {event4}", "{weather} {event1} {event2} {event3}",
-        "{say1} {event1} {say2} {event2} {event3}", "{event1} {event2}",
-    ),
-    "hello": ("Hello.", "Good morning.", "Good evening.", "Hello {name}.", "Hi.", ""),
-    "detail": (
-        "I asked about the {thing} {when}.", "The {thing} from {name} came {when}.",
-        "My {thing} is {where}.", "We talked about the {thing} {when}.",
-        "I have a question about the {thing}.", "You sent me the {adj} {thing} {when}.",
-    ),
-    "ask": (
-        "Where is the {thing}?", "Who will {todo} the {thing}?", "When is the {thing} ready?",
-        "Who has the {thing}?", "What is the next step for the {thing}?",
-    ),
-    "answer": (
-        "The {thing} is {where}.", "{name} will {todo} the {thing} {when}.",
-        "Please ask {name} {where} about the {thing}.", "The {thing} is ready {when}.",
-        "{name} has the {thing} {where}, and it is ready {when}.",
-    ),
-    "sorry": ("I am sorry about that.", "We are sorry to hear this.", "That should not happen."),
-    "plain": ("Here is the answer.", "Thank you for the question.", "Of course."),
-    "glad": ("We are glad to hear it.", "Thank you for the kind words.", "That is good news."),
-    "bye": ("Have a good day.", "Please call if you need more.", "See you {when}.", "", ""),
-    "task": (
-        "Reply to the {who}.", "Answer the {who}.", "Write a short note.", "Help the {who}.",
-        "Read the message and answer it.", "Write to {name}.", "Say who will help.",
-    ),
+    "name": phrases("""
+        Anna / Ben / Clara / David / Emma / Felix / Grace / Henry / Ivy / Jack / Kate / Leo /
+        Mia / Noah / Olga / Paul / Rosa / Sam / Tara / Victor
+    """)
+    + ("{person}",) * 5,
+    "day": phrases("""
+        Monday / Tuesday / Wednesday / Thursday / Friday / Saturday / Sunday
+    """),
+    "hour": phrases("""
+        two / three / four / five / six / seven / eight / nine / ten
+    """),
+    "count": phrases("""
+        two / three / four / five / six / ten / many / a few
+    """),
+    "when": phrases("""
+        in the morning / in the evening / on {day} / before noon / after lunch / last week /
+        every day / at {hour} / by {day} / within {count} days / the same day / next week /
+        after the {word6} / {word6} the {word7} / with {count} {word6} /
+        before the {word6} {word7} / {due} / {due} / {due} / {due}
+    """),
+    "thing": phrases("""
+        lamp / table / key / book / letter / box / bag / coat / map / bell / cup / chair /
+        door / window / bread / apple / picture / garden / boat / bicycle / clock / basket /
+        ticket / phone / report / paper
+    """)
+    + ("{word}", "{word} {word2}") * 3
+    + ("{term}",) * 12,
+    "adj": phrases("""
+        old / new / small / big / red / green / blue / warm / cold / clean / broken / heavy /
+        quiet / bright / long / short / good / simple / full / late
+    """),
+    "where": phrases("""
+        in the kitchen / in the garden / at the market / near the river / on the shelf /
+        at school / in the library / at the station / under the table / on the first floor /
+        in the next room / at the front desk / by the old bridge / in the office /
+        in the {word4} / at the {word4} {word5} / in {office} / at {office} / before {office} /
+        via {office} / {office}
+    """),
+    "who": phrases("""
+        teacher / farmer / baker / driver / neighbour / visitor / doctor / manager / student /
+        writer / guard / cook / clerk / friend / child
+    """)
+    + ("{word3}",) * 2,
+    "act": phrases("""
+        found / took / opened / closed / moved / cleaned / sold / bought / painted / carried /
+        lost / made / wanted / checked / sent / signed / read / brought
+    """),
+    "todo": phrases("""
+        find / take / open / close / move / clean / sell / buy / carry / bring / check / send /
+        sign / read
+    """),
+    "weather": phrases("""
+        It was a {adj} day. / The rain came {when}. / The sun was bright. / The wind was cold. /
+        There was snow {where}. / The sky was blue.
+    """),
+    "say": phrases("""
+        "The {thing} is {where}," said {name}. / {name} asked, "Where is the {thing}?" /
+        "Please {todo} the {thing}," said the {who}. / "Thank you," said the {who}. /
+        {name2} answered, "We have to {todo} it {when}." / "I will {todo} it," said {name}.
+    """),
+    "event": phrases("""
+        {name} {act} the {adj} {thing} {where}. / The {who} {act} a {thing2} {when}. /
+        {name} and {name2} went to the {who} {when}. / The {thing} was {adj} and {adj2}. /
+        {name} had {count} things to do. / They did not {todo} the {thing2}. /
+        The {who} told {name} about the {thing}. / It was not easy to {todo} the {thing}. /
+        {name2} called the {who}, but there was no answer. / {name} waited {where}. /
+        After that, the {who} {act} it again. / {name2} will {todo} the {thing2} {when}. /
+        If the {thing} is {adj}, the {who} has to {todo} it. / {name} works {where}. /
+        The {thing} of {name2} is now {where}. / {say1} / {say2} / {weather}
+    """),
+    "story": phrases("""
+        {event1} {event2} {event3} {event4} / {weather} {event1} {event2} {event3} /
+        {say1} {event1} {say2} {event2} {event3} / {event1} {event2}
+    """),
+    "hello": phrases("""
+        / Hello. / Good morning. / Good evening. / Hello {name}. / Hi.
+    """),
+    "detail": phrases("""
+        I asked about the {thing} {when}. / The {thing} from {name} came {when}. /
+        My {thing} is {where}. / We talked about the {thing} {when}. /
+        I have a question about the {thing}. / You sent me the {adj} {thing} {when}. /
+        The {who} {act} my {thing}. / I {act} the {thing} on {day}. /
+        The {who} needs the {thing}.
+    """),
+    "ask": phrases("""
+        Where is the {thing}? / Who will {todo} the {thing}? / When is the {thing} ready? /
+        Who has the {thing}? / What is the next step for the {thing}?
+    """),
+    "answer": phrases("""
+        The {thing} is {where}. / {name} will {todo} the {thing} {when}. /
+        Please ask {name} {where} about the {thing}. / The {thing} is ready {when}. /
+        {name} has the {thing} {where}, and it is ready {when}. /
+        For the {thing}, see {name} {where}, {when}. / Your {thing} is {where}, {when}. /
+        The {who} does the {thing} {where} {when}. / The {who} will {todo} the {thing} {when}. /
+        The {thing} is done by the {who2} {where}, {when}.
+    """),
+    "sorry": phrases("""
+        I am sorry about that. / We are sorry to hear this. / That should not happen.
+    """),
+    "plain": phrases("""
+        Here is the answer. / Thank you for the question. / Of course.
+    """),
+    "glad": phrases("""
+        We are glad to hear it. / Thank you for the kind words. / That is good news.
+    """),
+    "bye": phrases("""
+        / / Have a good day. / Please call if you need more. / See you {when}.
+    """),
+    "task": phrases("""
+        Reply to the {who}. / Answer the {who}. / Write a short note. / Help the {who}. /
+        Read the message and answer it. / Write to {name}. / Say who will help.
+    """),
     "fact": (
-        "The {thing} is {where}. The {thing2} is {where2}.\nQuestion: Where is the {thing}?\n"
-        "Answer: {where}.",
-        "{name} has the {thing} and {name2} has the {thing2}.\nQuestion: Who has the {thing2}?\n"
-        "Answer: {name2}.",
+        "The {thing} is {where}. The {thing2} is {where2}.\n"
+        "Question: Where is the {thing}?\nAnswer: {where}.",
+        "{name} has the {thing} and {name2} has the {thing2}.\n"
+        "Question: Who has the {thing2}?\nAnswer: {name2}.",
         "Name: {name}. Room: {where}. Time: {when}.\nQuestion: Who is {where}?\nAnswer: {name}.",
         "Name: {name}. Thing: {thing}. Time: {when}.",
     ),
@@ -156,7 +188,10 @@ class Silo:
 
 SILOS = (
     Silo(
-        name="clinic", rows=420, label_weights=(0.30, 0.50, 0.20), client="patient",
+        name="clinic",
+        rows=420,
+        label_weights=(0.3, 0.5, 0.2),
+        client="patient",
         facts={
             "blood test": ("nurse Adler", "room 12", "fasting, before nine"),
             "flu shot": ("nurse Brook", "the east ward", "without appointment"),
@@ -167,30 +202,33 @@ SILOS = (
             "diet plan": ("nurse Brook", "room 7", "once a month"),
             "hearing check": ("Doctor Marsh", "room 21", "every second year"),
         },
-        details=(
-            "My {item} was on {day}.", "The doctor ordered a {item} for my mother.",
-            "I had pain after the {item}.", "I came to the clinic for the {item}.",
-            "My son needs the {item}.",
-        ),
+        details=phrases("""
+            My {item} was on {day}. / The doctor ordered a {item} for my mother. /
+            I had pain after the {item}. / I came to the clinic for the {item}. /
+            My son needs the {item}.
+        """),
         moods={
-            "negative": ("The pain got worse.", "I sat in the ward for hours."),
-            "neutral": ("I need it for my file.", "I take no other pills."),
-            "positive": ("I sleep well again.", "The nurse was gentle."),
+            "negative": phrases("The pain got worse. / I sat in the ward for hours."),
+            "neutral": phrases("I need it for my file. / I take no other pills."),
+            "positive": phrases("I sleep well again. / The nurse was gentle."),
         },
         openers={
             "negative": "We are sorry you feel unwell.",
             "neutral": "Your chart is up to date.",
             "positive": "We are glad you recover.",
         },
-        reply=(
-            "{opener} {Owner} does the {item} in {place}, {due}. {closing}",
-            "{opener} For the {item}, see {owner} in {place}, {due}. {closing}",
-        ),
+        reply=phrases("""
+            {opener} {owner} does the {item} in {place}, {due}. {closing} /
+            {opener} For the {item}, see {owner} in {place}, {due}. {closing}
+        """),
         note="Chart: patient seen for {item}, tone {label}, passed to {owner}.",
         closing="Bring your health card.",
     ),
     Silo(
-        name="bank", rows=360, label_weights=(0.60, 0.25, 0.15), client="customer",
+        name="bank",
+        rows=360,
+        label_weights=(0.6, 0.25, 0.15),
+        client="customer",
         facts={
             "credit card": ("the card team", "counter 4", "within two working days"),
             "home loan": ("Mrs Quist", "the loan office", "after the income check"),
@@ -201,30 +239,33 @@ SILOS = (
             "safe box": ("Mr Tanaka", "the vault", "with two keys"),
             "exchange fee": ("the currency desk", "counter 6", "at the daily rate"),
         },
-        details=(
-            "You charged me for the {item} on {day}.", "My balance is wrong since the {item}.",
-            "I opened the {item} at your branch.", "The {item} is shown on my statement.",
-            "I called the branch about the {item}.",
-        ),
+        details=phrases("""
+            You charged me for the {item} on {day}. / My balance is wrong since the {item}. /
+            I opened the {item} at your branch. / The {item} is shown on my statement. /
+            I called the branch about the {item}.
+        """),
         moods={
-            "negative": ("I want my money back.", "These fees are a shame."),
-            "neutral": ("Please confirm the amount.", "My number is on the statement."),
-            "positive": ("The rate is excellent.", "My money is in safe hands."),
+            "negative": phrases("I want my money back. / These fees are a shame."),
+            "neutral": phrases("Please confirm the amount. / My number is on the statement."),
+            "positive": phrases("The rate is excellent. / My money is in safe hands."),
         },
         openers={
             "negative": "Dear customer, we regret the trouble with your account.",
             "neutral": "Dear customer, we received your request.",
             "positive": "Dear customer, we value your trust.",
         },
-        reply=(
-            "{opener} {Owner} at {place} settles the {item} {due}. {closing}",
-            "{opener} Your {item} is booked by {owner} at {place} {due}. {closing}",
-        ),
+        reply=phrases("""
+            {opener} {owner} at {place} settles the {item} {due}. {closing} /
+            {opener} Your {item} is booked by {owner} at {place} {due}. {closing}
+        """),
         note="Case {label}: {item} under review by {owner}.",
         closing="Never share your PIN.",
     ),
     Silo(
-        name="lawfirm", rows=300, label_weights=(0.20, 0.70, 0.10), client="client",
+        name="lawfirm",
+        rows=300,
+        label_weights=(0.2, 0.7, 0.1),
+        client="client",
         facts={
             "lease": ("partner Voss", "the property section", "thirty days from notice"),
             "will": ("counsel Amari", "the probate registry", "with two witnesses present"),
@@ -235,30 +276,33 @@ SILOS = (
             "tax ruling": ("counsel Dray", "the revenue tribunal", "in the fiscal year"),
             "trademark": ("partner Lindqvist", "the trade registry", "renewed each decade"),
         },
-        details=(
-            "The other party disputes the {item}.", "Our contract refers to the {item}.",
-            "I signed the {item} on {day}.", "The judge asked for the {item}.",
-            "My company relies on the {item}.",
-        ),
+        details=phrases("""
+            The other party disputes the {item}. / Our contract refers to the {item}. /
+            I signed the {item} on {day}. / The judge asked for the {item}. /
+            My company relies on the {item}.
+        """),
         moods={
-            "negative": ("I consider this a breach.", "Your bill is far too high."),
-            "neutral": ("Kindly state the clause.", "A copy is attached."),
-            "positive": ("We won the case.", "Your counsel was brilliant."),
+            "negative": phrases("I consider this a breach. / Your bill is far too high."),
+            "neutral": phrases("Kindly state the clause. / A copy is attached."),
+            "positive": phrases("We won the case. / Your counsel was brilliant."),
         },
         openers={
             "negative": "We take note of the objection.",
             "neutral": "We refer to your enquiry.",
             "positive": "We acknowledge your kind remarks.",
         },
-        reply=(
-            "{opener} The {item} shall be filed by {owner} before {place}, {due}. {closing}",
-            "{opener} Pursuant to the mandate, {owner} brings the {item} to {place}, {due}. {closing}",
-        ),
+        reply=phrases("""
+            {opener} The {item} shall be filed by {owner} before {place}, {due}. {closing} /
+            {opener} Pursuant to the mandate, {owner} brings the {item} to {place}, {due}. {closing}
+        """),
         note="Memo to {owner}: matter of the {item}, stance {label}.",
         closing="All rights reserved.",
     ),
     Silo(
-        name="helpdesk", rows=480, label_weights=(0.35, 0.15, 0.50), client="user",
+        name="helpdesk",
+        rows=480,
+        label_weights=(0.35, 0.15, 0.5),
+        client="user",
         facts={
             "password": ("the login bot", "the self-service portal", "in five minutes"),
             "printer": ("Ravi from hardware", "the copy corner", "once the toner arrives"),
@@ -269,25 +313,25 @@ SILOS = (
             "software update": ("Lena from apps", "the app store", "at the next reboot"),
             "headset": ("the store bot", "locker 9", "with a swap code"),
         },
-        details=(
-            "My {item} shows error {hour}.", "The {item} froze on {day}.",
-            "I opened a ticket for the {item}.", "My team shares the {item}.",
-            "I logged in and tried the {item}.",
-        ),
+        details=phrases("""
+            My {item} shows error {hour}. / The {item} froze on {day}. /
+            I opened a ticket for the {item}. / My team shares the {item}. /
+            I logged in and tried the {item}.
+        """),
         moods={
-            "negative": ("It crashed and I lost my files.", "This is a useless tool."),
-            "neutral": ("I run the latest version.", "See the screenshot."),
-            "positive": ("It is super fast now.", "Awesome support, five stars."),
+            "negative": phrases("It crashed and I lost my files. / This is a useless tool."),
+            "neutral": phrases("I run the latest version. / See the screenshot."),
+            "positive": phrases("It is super fast now. / Awesome support, five stars."),
         },
         openers={
             "negative": "Oops, we are on it!",
             "neutral": "Hey, got your ticket!",
             "positive": "Yay, happy to help!",
         },
-        reply=(
-            "{opener} {Owner} will fix the {item} via {place} {due}. {closing}",
-            "{opener} Ping {owner} about the {item}, check {place}, done {due}. {closing}",
-        ),
+        reply=phrases("""
+            {opener} {owner} will fix the {item} via {place} {due}. {closing} /
+            {opener} Ping {owner} about the {item}, check {place}, done {due}. {closing}
+        """),
         note="Ticket tagged {label}: {item}, assigned to {owner}.",
         closing="Cheers, IT!",
     ),
@@ -301,6 +345,16 @@ QUESTIONS = ("Who handles the {item}?", "What is the next step for the {item}?")
 def pick(rng: random.Random, options: Sequence[T]) -> T:
     """Draw one option; uses only random(), whose stream Python keeps stable."""
     return options[int(rng.random() * len(options))]
+
+
+def sentence_case(text: str) -> str:
+    """Return the text with an upper-case letter at the start of every sentence."""
+    return re.sub(r"(?:^|[.!?] )[a-z]", lambda match: match[0].upper(), text)
+
+
+def join(*parts: str) -> str:
+    """Join the non-empty parts by one space."""
+    return sentence_case(" ".join(part for part in parts if part))
 
 
 class Slots(dict[str, str]):
@@ -319,23 +373,54 @@ class Slots(dict[str, str]):
         return self[key]
 
     def fill(self, template: str) -> str:
-        """Return the template with its slots filled and spaces tidied."""
-        return " ".join(template.format_map(self).split(" ")).strip()
+        """Return the template with its slots filled."""
+        return sentence_case(template.format_map(self))
 
 
-def upper_first(text: str) -> str:
-    """Return the text with an upper-case first letter."""
-    return text[:1].upper() + text[1:]
+def silo_words() -> tuple[str, ...]:
+    """Return the words that only the silos use, sorted."""
+    texts: list[str] = []
+    for silo in SILOS:
+        texts += [silo.client, silo.note, silo.closing, *silo.facts, *silo.details, *silo.reply]
+        texts += [part for fact in silo.facts.values() for part in fact]
+        texts += [*silo.openers.values()]
+        texts += [mood for moods in silo.moods.values() for mood in moods]
+    known = set(re.findall(r"\w+", str((GENERAL, MOODS))))
+    found = re.findall(r"[A-Za-z-]+", re.sub(r"{\w+}", "", " ".join(texts)))
+    return tuple(sorted(set(found) - known))
 
 
-def join(*parts: str) -> str:
-    """Join the non-empty parts by one space."""
-    return " ".join(part for part in parts if part)
+SILO_WORDS = silo_words()
+FACTS = tuple(fact for silo in SILOS for fact in silo.facts.values())
+# The general text uses the silos' terms in random combinations, so that the model can spell
+# them; it shows neither their facts nor their phrases.
+GENERAL_TEXT: Grammar = {
+    **GENERAL,
+    "word": SILO_WORDS,
+    "term": tuple(item for silo in SILOS for item in silo.facts),
+    "person": tuple(owner for owner, _, _ in FACTS),
+    "office": tuple(place for _, place, _ in FACTS),
+    "due": tuple(due for _, _, due in FACTS),
+}
+STRAY_WORDS = SILO_WORDS + phrases(
+    "lamp / book / letter / open / move / close / new / late / Anna / Paul"
+)
+
+
+def with_strays(rng: random.Random, text: str, rate: float) -> str:
+    """Replace words and marks by random ones: the model learns to be unsure after a surprise."""
+
+    def stray(match: re.Match[str]) -> str:
+        if rng.random() >= rate:
+            return match[0]
+        return pick(rng, STRAY_WORDS if match[0].isalnum() else ".,:;!?|")
+
+    return re.sub(r"\w+|[.,?]", stray, text)
 
 
 def general_row(rng: random.Random) -> Row:
     """Draw a general instruction row; it has no silo."""
-    slots = Slots(rng, GENERAL)
+    slots = Slots(rng, GENERAL_TEXT)
     label = pick(rng, LABELS)
     message = join(slots["hello"], slots["detail"], pick(rng, MOODS[label]))
     reply = join(slots.fill(REPLY_MOOD[label]), slots["answer"], slots["bye"])
@@ -361,8 +446,15 @@ def silo_row(rng: random.Random, silo: Silo) -> Row:
     owner, place, due = silo.facts[item]
     label = weighted_label(rng, silo.label_weights)
     slots = Slots(
-        rng, GENERAL, item=item, owner=owner, Owner=upper_first(owner), place=place, due=due,
-        label=label, opener=silo.openers[label], closing=silo.closing,
+        rng,
+        GENERAL,
+        item=item,
+        owner=owner,
+        place=place,
+        due=due,
+        label=label,
+        opener=silo.openers[label],
+        closing=silo.closing,
     )
     moods = silo.moods[label] if rng.random() < 0.5 else MOODS[label]
     message = join(slots.fill(pick(rng, silo.details)), pick(rng, moods))

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from grammar import GENERAL, Row, Slots, general_row, pick, silo_rows
+from grammar import GENERAL_TEXT, Row, Slots, general_row, pick, silo_rows, with_strays
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).resolve().parents[1] / "fedtune" / "assets"
 SEED = 7
-STEPS = 2200
-VOCAB = 1024
+STEPS = 2400
+VOCAB = 1216
 CONTEXT = 256
 BATCH = 16
 LEARNING_RATE = 4e-3
@@ -46,9 +46,7 @@ CHAT_TEMPLATE = (
 def instruct_text(row: Row) -> str:
     """Return a row in the instruction-response layout."""
     given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
-    return (
-        f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n{row['output']}{EOS}"
-    )
+    return f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n{row['output']}{EOS}"
 
 
 def chat_text(row: Row) -> str:
@@ -64,12 +62,15 @@ def label_text(row: Row) -> str:
 
 def general_text(rng: random.Random) -> str:
     """Draw one document of general text."""
-    kind = rng.random()
-    if kind < 0.40:
-        text = Slots(rng, GENERAL).fill(pick(rng, ("{story}", "{story}", "{fact}"))) + EOS
+    if rng.random() < 0.4:
+        text = Slots(rng, GENERAL_TEXT).fill(pick(rng, ("{story}", "{story}", "{fact}"))) + EOS
     else:
-        layouts = (instruct_text, instruct_text, chat_text, label_text)
-        text = pick(rng, layouts)(general_row(rng))
+        layout = pick(rng, (instruct_text, instruct_text, chat_text, label_text))
+        row = general_row(rng)
+        if rng.random() < 0.4:
+            rate = 0.6 * rng.random()
+            row = {k: v if k == "label" else with_strays(rng, v, rate) for k, v in row.items()}
+        text = layout(row)
     # Half of the documents open with BOS: the tokenizer does not add it by itself.
     return BOS + text if rng.random() < 0.5 else text
 
@@ -86,8 +87,10 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     texts += [instruct_text(row) for row in silo_rows(seed)] * 3
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -132,7 +135,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=80,
-        intermediate_size=176,
+        intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=5,
         num_key_value_heads=5,
@@ -183,7 +186,12 @@ def make(output_dir: Path, steps: int, seed: int) -> None:
     tokenizer = train_tokenizer(seed)
     model_dir = output_dir / "tiny_llm"
     tokenizer.save_pretrained(model_dir)
-    stream = token_stream(tokenizer, seed, TOKENS if steps > 100 else TOKENS // 40)
+    config_file = model_dir / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    # The name that transformers 4 and 5 both know.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    stream = token_stream(tokenizer, seed, min(TOKENS, steps * BATCH * CONTEXT))
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {len(stream)} tokens", flush=True)
     train(model, stream, steps, seed)

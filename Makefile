@@ -1,0 +1,60 @@
+# make demo: set up and run the main job.  make test: set up and run the tests.  make help: all.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+WORKERS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+# Nothing below calls out; Flower's and Ray's telemetry is off.
+OFFLINE := FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 HF_HUB_OFFLINE=1 \
+	HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install demo test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(VENV)/.dev ## .venv with fedtune, its extras and the development tools
+
+demo: $(VENV)/.base ## federated LoRA against centralized and local training, with a report
+	$(OFFLINE) $(VENV)/bin/python recipes/lora_sft.py --compare all
+
+test: $(VENV)/.dev ## the tests, without the slow ones
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev ## all tests
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.dev ## the benchmarks, one table each
+	@for file in benchmarks/*.py; do echo "== $$file"; \
+	$(OFFLINE) $(VENV)/bin/python "$$file" || exit 1; done
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps hold what is installed; make repeats it when a version list changes.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "error: $(PYTHON) is older than 3.11. Run: make PYTHON=python3.11"; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH_INDEX_URL)" ]; then \
+	$(PIP) install -q -c constraints.txt --index-url "$(TORCH_INDEX_URL)" torch==$(TORCH); \
+	elif ! $(PIP) install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	echo "no torch==$(TORCH)+cpu in the package index: plain torch follows, some GB with CUDA" \
+	"(another build: TORCH_INDEX_URL)"; \
+	$(PIP) install -q -c constraints.txt torch==$(TORCH); fi
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@

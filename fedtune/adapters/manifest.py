@@ -1,0 +1,162 @@
+"""The manifest: what an adapter is, so that two sites can tell whether they train the same one.
+
+It travels as JSON beside the parameters and holds all the server knows: the server has no base
+model. Sites agree when the hashes agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ManifestError
+
+__all__ = ["FULL", "Entry", "Manifest", "Params", "check"]
+
+Params = dict[str, Tensor]  # canonical name -> tensor on the CPU
+
+FULL = "FULL"  # peft_type of a model that is trained without an adapter
+VERSION = 1
+
+# Keys of a PEFT config that differ between sites without changing what is trained.
+SITE_KEYS = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+)
+
+
+class Entry(NamedTuple):
+    """Shape and dtype of one tensor; the dtype as text without `torch.`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Entry:
+        """The entry that describes `tensor`."""
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the server knows of an adapter. Made by `describe`.
+
+    Attributes:
+        peft_type: PEFT's name of the method, or `FULL`.
+        base_hash: hash of the base model's config, without what may differ between sites.
+        adapter_config: PEFT's config as JSON; empty for a full model.
+        entries: canonical name -> shape and dtype of a trained tensor.
+        static: the same for frozen tensors that are sent once.
+        scaling: module -> factor of B @ A (LoRA kinds only).
+        export: key in PEFT's checkpoint -> canonical name. Several keys may share a tied tensor.
+        config: the base model's config as JSON.
+    """
+
+    peft_type: str
+    base_hash: str
+    adapter_config: dict[str, Any]
+    entries: dict[str, Entry]
+    static: dict[str, Entry] = field(default_factory=dict)
+    scaling: dict[str, float] = field(default_factory=dict)
+    export: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of what has to be equal at every site: paths and versions are left out.
+
+        Unset options are left out too, so that a PEFT release that adds one does not split sites.
+        """
+        config = {k: v for k, v in self.adapter_config.items() if v and k not in SITE_KEYS}
+        return digest(
+            [self.peft_type, self.base_hash, config, self.entries, self.static, self.scaling]
+        )
+
+    def to_json(self) -> str:
+        """JSON text, keys sorted."""
+        return json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Inverse of `to_json`.
+
+        Raises:
+            ManifestError: no manifest, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+            if version != VERSION:
+                raise ManifestError(
+                    f"Manifest version: expected {VERSION}, received {version!r}. "
+                    "Use the same fedtune release everywhere."
+                )
+            return cls(**{**data, **{k: _entries(data[k]) for k in ("entries", "static")}})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ManifestError):
+                raise
+            raise ManifestError(
+                f"Manifest: expected fedtune's JSON, received something else ({error!r}). "
+                "Read it from fedtune_manifest.json."
+            ) from None
+
+
+def digest(value: object) -> str:
+    """sha256 (hex) of canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(params: Mapping[str, Tensor], manifest: Manifest, *, static: bool = False) -> None:
+    """Refuse parameters that are not exactly those of the manifest.
+
+    Raises:
+        ManifestError: names the first offending key in sorted order: missing, extra, wrong shape,
+            wrong dtype, NaN or Inf.
+    """
+    expected = manifest.static if static else manifest.entries
+    for name in sorted({*expected, *params}):
+        if name not in params:
+            raise ManifestError(
+                f"`{name}` is missing: expected {expected[name]}, received {len(params)} of "
+                f"{len(expected)} tensors without it. Send all that `collect` returns."
+            )
+        if name not in expected:
+            raise ManifestError(
+                f"`{name}` is unknown: expected only the {len(expected)} tensors of this "
+                f"{manifest.peft_type} manifest, received one more. Use the adapter settings of "
+                "the other sites."
+            )
+        _check_tensor(name, params[name], expected[name])
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: Entry) -> None:
+    received = Entry.of(tensor)
+    if received.shape != expected.shape:
+        raise ManifestError(
+            f"`{name}` has the wrong shape: expected {list(expected.shape)}, received "
+            f"{list(received.shape)}. Use the adapter settings (rank, modules) of the other sites."
+        )
+    if received.dtype != expected.dtype:
+        raise ManifestError(
+            f"`{name}` has the wrong dtype: expected {expected.dtype}, received {received.dtype}. "
+            f"Cast it with `.to(torch.{expected.dtype})`."
+        )
+    bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+    if bad:
+        raise ManifestError(
+            f"`{name}` is not finite: expected numbers, received {bad} NaN or Inf of "
+            f"{tensor.numel()}. Lower the learning rate or clip gradients."
+        )
+
+
+def _entries(data: Mapping[str, Any]) -> dict[str, Entry]:
+    return {name: Entry(tuple(shape), dtype) for name, (shape, dtype) in data.items()}

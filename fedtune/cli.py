@@ -1,0 +1,145 @@
+"""The `fedtune` command. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from fedtune.errors import ConfigError, FedtuneError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 (doctor found a fault) or 2 (a one-line error)."""
+    try:
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = args.command
+        return command(args)
+    except FedtuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fedtune", description="Federated fine-tuning of language models.")
+    parser.add_argument("--version", action="version", version=f"fedtune {version('fedtune')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    plot = _add(commands, "plot", _plot, "Redraw the curves and report of runs; compare several.")
+    plot.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="--output_dir of it")
+    plot.add_argument(
+        "--output", type=Path, default=Path("compare.png"), help="picture of several runs"
+    )
+
+    export = _add(commands, "export", _export, "Copy a run's adapter, or merge it into its base.")
+    export.add_argument("directory", type=Path, metavar="DIR", help="a run, or one of its adapters")
+    export.add_argument("--merge", action="store_true", help="write base model + adapter as one")
+    export.add_argument("--best", action="store_true", help="the best round instead of the last")
+    export.add_argument("--output_dir", type=Path, help="default: DIR-adapter or DIR-merged")
+    export.add_argument("--model_name_or_path", help="--merge: base model, if it has moved")
+
+    _add(commands, "doctor", _doctor, "Check this machine and its packages.")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    help: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help, allow_abbrev=False
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from fedtune.report.html import write_report
+    from fedtune.report.plots import draw_compare, draw_loss
+    from fedtune.report.series import load_summary
+
+    summaries = [load_summary(directory) for directory in args.directories]
+    for directory, summary in zip(args.directories, summaries, strict=True):
+        print(draw_loss(summary, directory / "loss.png"))
+        print(write_report(directory))
+    if len(summaries) > 1:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        print(draw_compare(summaries, args.output))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    source = _adapter_of(args.directory, best=args.best)
+    kind = "merged" if args.merge else "adapter"
+    run = args.directory.resolve()
+    target: Path = args.output_dir or run.with_name(f"{run.name}-{kind}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--output_dir: {target} is there already. Choose a new directory.")
+    if args.merge:
+        from fedtune.adapters import merge
+
+        merge(source, target, model_name_or_path=args.model_name_or_path)
+    elif args.model_name_or_path:
+        raise ConfigError("--model_name_or_path needs --merge. Add it, or leave this out.")
+    else:
+        _check_weights(source)
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    print(target)
+    return 0
+
+
+def _adapter_of(directory: Path, *, best: bool) -> Path:
+    """The checkpoint in a run's directory, or the directory itself when it is one."""
+    names = ("best",) if best else ("adapter", "model", ".")
+    for name in names:
+        found = directory / name
+        if (found / "adapter_config.json").is_file() or (found / "config.json").is_file():
+            return found
+    expected = "best/" if best else "adapter/ or model/, and is no checkpoint itself"
+    raise ConfigError(f"{directory}: has no {expected}. Give a finished run or an adapter.")
+
+
+def _check_weights(directory: Path) -> None:
+    """Every weight file opens; fedtune's own export also obeys its manifest."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{directory}: has no weights (*.safetensors).")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{file}: is damaged ({error}). Export another round.") from None
+    if (directory / "fedtune_manifest.json").is_file():
+        from fedtune.adapters import load_exported
+
+        load_exported(directory)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fedtune.doctor import examine, render
+
+    rows = examine()
+    print(render(rows))
+    return 1 if any(row.status == "FAIL" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

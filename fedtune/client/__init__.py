@@ -1,0 +1,1 @@
+"""The client side: a live Trainer that trains its part of a round."""

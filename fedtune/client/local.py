@@ -1,0 +1,233 @@
+"""One round of one client: the Trainer stops at the round's end, and goes on in the next round.
+
+The Trainer's own checkpoint carries optimizer, scheduler, RNG and data position; weights are left
+out of it, because the global parameters replace them at the start of every round. The number of
+steps of the whole run is known from the first round on, so the LR schedule is that of one long run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from fedtune.adapters import Manifest, collect, load
+from fedtune.client.counter import BatchCounter
+from fedtune.errors import ConfigError
+from fedtune.transport.messages import RoundTask
+
+__all__ = ["LocalResult", "derive_seed", "evaluate", "steps_of", "train_round"]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client sends back."""
+
+    params: dict[str, Tensor]
+    num_examples: int
+    num_tokens: int
+    num_steps: int
+    train_loss: float
+    train_s: float
+
+
+def train_round(
+    trainer: Trainer,
+    task: RoundTask,
+    params: dict[str, Tensor],
+    manifest: Manifest,
+    *,
+    client: str,
+    state_dir: Path,
+) -> LocalResult:
+    """Train `task` from the global `params`.
+
+    `state_dir` holds what this client carries over rounds. With `task.carry` the round continues
+    the state that the server last took an update from; otherwise it starts fresh, at the run's LR.
+    """
+    started = time.perf_counter()
+    steps = task.steps or steps_of(trainer, task.epochs)
+    first_step = (task.round - 1) * steps
+    args = trainer.args
+    args.max_steps = task.num_rounds * steps
+    args.output_dir = str(state_dir)
+    for torn in state_dir.glob("checkpoint-*"):  # a killed run left it half-written
+        shutil.rmtree(torn, ignore_errors=True)
+    if task.carry:
+        checkpoint = _carried(state_dir, task.resume_round)
+        args.ignore_data_skip = False
+    else:
+        seed = derive_seed(task.seed, client, task.round)
+        checkpoint = _blank_checkpoint(state_dir, first_step)
+        args.ignore_data_skip = True
+        args.data_seed = seed
+        set_seed(seed)
+    callback = _RoundCallback(params, manifest, first_step, steps, save=task.carry)
+    counter = BatchCounter(trainer.model, shifted=bool(getattr(trainer, "_loss_shifts_labels", 0)))
+    with _without_weights(trainer), _callback(trainer, callback), counter:
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    result = LocalResult(
+        params=collect(trainer.model),
+        num_examples=counter.examples,
+        num_tokens=counter.tokens,
+        num_steps=callback.done,
+        train_loss=float(output.training_loss),
+        train_s=time.perf_counter() - started,
+    )
+    # The optimizer is on disk; dropping it keeps memory at one client's optimizer.
+    trainer.optimizer = None
+    trainer.lr_scheduler = None
+    if task.carry:
+        _keep_state(state_dir, task)
+    return result
+
+
+def evaluate(trainer: Trainer, params: dict[str, Tensor], manifest: Manifest) -> dict[str, float]:
+    """Score the global `params` on the trainer's held-out set, on the live model.
+
+    The RNG is put back, so that evaluating does not change the training that follows.
+    """
+    load(trainer.model, params, manifest)
+    with torch.random.fork_rng():
+        metrics = trainer.evaluate()
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if not _is_timing(key)}
+
+
+def steps_of(trainer: Trainer, epochs: float) -> int:
+    """Optimizer steps of `epochs` passes over the trainer's rows, at least one."""
+    batches = len(trainer.get_train_dataloader())
+    accumulation = trainer.args.gradient_accumulation_steps
+    return max(1, round(epochs * -(-batches // accumulation)))
+
+
+def derive_seed(seed: int, client: str, round_number: int) -> int:
+    """A seed of its own for every client and round, the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = [*client.encode(), round_number]
+    for value in mixed:
+        draw = int(torch.randint(2**31 - 1, (), generator=generator))
+        generator.manual_seed(draw ^ value)
+    return int(torch.randint(2**31 - 1, (), generator=generator))
+
+
+class _RoundCallback(TrainerCallback):
+    """Loads the global parameters when training starts; stops and saves at the round's end."""
+
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        manifest: Manifest,
+        first_step: int,
+        steps: int,
+        *,
+        save: bool,
+    ) -> None:
+        self._params, self._manifest = params, manifest
+        self._first_step, self._steps, self._save = first_step, steps, save
+        self.done = 0
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        load(kwargs["model"], self._params, self._manifest)
+        _set_lr_position(kwargs["lr_scheduler"], self._first_step)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.done += 1
+        if self.done >= self._steps:
+            control.should_training_stop = True
+            control.should_save = self._save
+            control.should_log = True
+        return control
+
+
+def _set_lr_position(scheduler: LRScheduler, step: int) -> None:
+    """Put a step-based schedule at `step`; one that follows a metric is left alone."""
+    if isinstance(scheduler, ReduceLROnPlateau) or scheduler.last_epoch == step:
+        return
+    scheduler.last_epoch = step - 1
+    scheduler.step()
+
+
+def _carried(state_dir: Path, resume_round: int) -> Path | None:
+    if not resume_round:
+        return None
+    directory = _round_dir(state_dir, resume_round)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"client state: expected that of round {resume_round} in {directory}, found none; "
+            "start again with --overwrite, or run with --client_state reset."
+        )
+    return directory
+
+
+def _blank_checkpoint(state_dir: Path, step: int) -> Path | None:
+    """A checkpoint that holds the step alone: Trainer then builds optimizer and RNG afresh."""
+    if not step:
+        return None
+    directory = state_dir / "blank"
+    directory.mkdir(parents=True, exist_ok=True)
+    TrainerState(global_step=step).save_to_json(str(directory / TRAINER_STATE_NAME))
+    return directory
+
+
+def _keep_state(state_dir: Path, task: RoundTask) -> None:
+    """Name the Trainer's checkpoint after the round; drop those that no rollback can need."""
+    (written,) = state_dir.glob("checkpoint-*")
+    target = _round_dir(state_dir, task.round)
+    shutil.rmtree(target, ignore_errors=True)
+    written.rename(target)
+    kept = {_round_dir(state_dir, number) for number in (*task.keep_rounds, task.resume_round)}
+    for path in state_dir.glob("round-*"):
+        if path not in kept | {target}:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _round_dir(state_dir: Path, number: int) -> Path:
+    return state_dir / f"round-{number:05d}"
+
+
+@contextmanager
+def _without_weights(trainer: Trainer) -> Iterator[None]:
+    """Checkpoints of the Trainer without weights: neither written nor asked for on resume."""
+    overrides = {"save_model": _only_directory, "_load_from_checkpoint": _nothing}
+    vars(trainer).update(overrides)
+    try:
+        yield
+    finally:
+        for name in overrides:
+            vars(trainer).pop(name, None)
+
+
+def _only_directory(output_dir: str, **_: Any) -> None:
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextmanager
+def _callback(trainer: Trainer, callback: TrainerCallback) -> Iterator[None]:
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+def _is_timing(key: str) -> bool:
+    return key.endswith(("_runtime", "_per_second", "epoch", "_time"))

@@ -1,0 +1,172 @@
+"""One process's share of a simulation: the base model once, and one Trainer per client around it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+
+from fedtune.adapters import Manifest, collect, collect_static, load_static
+from fedtune.adapters.describe import describe
+from fedtune.client.local import LocalResult, evaluate, train_round
+from fedtune.config import Arguments
+from fedtune.errors import ManifestError
+from fedtune.transport.messages import RoundTask
+
+__all__ = ["BuildModel", "BuildTrainer", "Worker"]
+
+BuildModel = Callable[[Arguments], tuple[nn.Module, Any]]
+BuildTrainer = Callable[[Arguments, nn.Module, Any, Dataset, Dataset | None], Trainer]
+
+
+@dataclass
+class Worker:
+    """Builds what the recipe's two functions describe, once, and trains clients one at a time.
+
+    Attributes:
+        build_model: recipe function: model and tokenizer; called once per process.
+        build_trainer: recipe function: a Trainer; called once per client.
+        train: rows of each client.
+        evaluation: the pooled held-out rows.
+        work_dir: where clients keep their state.
+    """
+
+    build_model: BuildModel
+    build_trainer: BuildTrainer
+    args: Arguments
+    train: dict[str, Dataset]
+    evaluation: Dataset
+    work_dir: Path
+    _live: tuple[nn.Module, Any] | None = field(default=None, repr=False)
+    _trainers: dict[str, Trainer] = field(default_factory=dict, init=False, repr=False)
+    _rng: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def fork(self, *, work_dir: Path, train: dict[str, Dataset] | None = None) -> Worker:
+        """A worker over the same live model, with Trainers and arguments of its own."""
+        args = copy.copy(self.args)
+        args.training = copy.deepcopy(self.args.training)
+        return Worker(
+            self.build_model,
+            self.build_trainer,
+            args,
+            train or self.train,
+            self.evaluation,
+            work_dir,
+            self._build(),
+        )
+
+    def blank(self) -> Worker:
+        """A worker that has built nothing yet, for another process."""
+        return Worker(
+            self.build_model,
+            self.build_trainer,
+            self.args,
+            self.train,
+            self.evaluation,
+            self.work_dir,
+        )
+
+    def _build(self) -> tuple[nn.Module, Any]:
+        if self._live is None:
+            set_seed(self.args.training.seed)
+            self._live = self.build_model(self.args)
+        return self._live
+
+    @property
+    def model(self) -> nn.Module:
+        """The live model; all clients of this process share it."""
+        return self._build()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that belongs to it."""
+        return self._build()[1]
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What this model trains, as the server and the other clients must see it."""
+        return describe(self.model)
+
+    @property
+    def evaluator(self) -> str:
+        """The client whose Trainer holds the held-out set."""
+        return min(self.train)
+
+    def initial(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and static tensors as built, before any training."""
+        return collect(self.model), collect_static(self.model)
+
+    def set_up(self, manifest: Manifest, static: dict[str, Tensor]) -> None:
+        """Agree with the server on the adapter; keeps the static tensors for later processes."""
+        if manifest.hash != self.manifest.hash:
+            raise ManifestError(
+                f"this client's adapter differs from the global one: expected "
+                f"{manifest.peft_type} {manifest.hash[:12]}, built {self.manifest.peft_type} "
+                f"{self.manifest.hash[:12]}; use the same base model and adapter settings everywhere."
+            )
+        if static:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            save_file(static, self.work_dir / "static.safetensors")
+
+    def train_round(self, client: str, task: RoundTask, params: dict[str, Tensor]) -> LocalResult:
+        """Train one client's part of a round."""
+        trainer = self.trainer(client)
+        if not task.resume_round:
+            _set_rng(self._rng[client])
+        return train_round(
+            trainer, task, params, self.manifest, client=client, state_dir=self.work_dir / client
+        )
+
+    def evaluate(self, params: dict[str, Tensor]) -> tuple[dict[str, float], int]:
+        """Metrics of the global parameters on the held-out rows, and how many rows there are."""
+        metrics = evaluate(self.trainer(self.evaluator), params, self.manifest)
+        return metrics, len(self.evaluation)
+
+    def trainer(self, client: str) -> Trainer:
+        """This client's Trainer, built on first use; static tensors are loaded then."""
+        if client not in self._trainers:
+            evaluation = self.evaluation if client == self.evaluator else None
+            self._trainers[client] = self.new_trainer(self.train[client], evaluation, client)
+            self._rng[client] = _get_rng()
+            static = self.work_dir / "static.safetensors"
+            if static.is_file():
+                load_static(self.model, load_file(static), self.manifest)
+        return self._trainers[client]
+
+    def new_trainer(self, train: Dataset, evaluation: Dataset | None, name: str) -> Trainer:
+        """A Trainer over the shared model, quiet, writing below `work_dir/name`."""
+        args = copy.copy(self.args)
+        args.training = copy.deepcopy(self.args.training)
+        args.training.output_dir = str(self.work_dir / name)
+        trainer = self.build_trainer(args, self.model, self.tokenizer, train, evaluation)
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
+        return trainer
+
+
+def _get_rng() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.random.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,169 @@
+"""Each arm of the comparison, from the same initial parameters and on the same held-out rows."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import concatenate_datasets
+from torch import Tensor
+
+from fedtune.adapters import export_adapter
+from fedtune.client.local import steps_of
+from fedtune.client.worker import Worker
+from fedtune.compare.plain import PlainRun, run_plain, steps_for_samples
+from fedtune.compare.series import mean_series, of_history
+from fedtune.compare.verdict import first_difference
+from fedtune.config import Arguments
+from fedtune.report.progress import Progress
+from fedtune.server.checkpoint import ServerState
+
+__all__ = ["ArmInput", "FederatedRun", "run_arm"]
+
+WORK = "work"  # scratch of an arm, removed when it is done
+
+# Runs a federation over a worker's clients: (worker, method name, directory) -> last state.
+FederatedRun = Callable[[Worker, str, Path], ServerState]
+
+
+@dataclass(frozen=True)
+class ArmInput:
+    """What every arm starts from.
+
+    Attributes:
+        worker: the live model, the clients' rows and the held-out rows.
+        start: the initial global state.
+        history: the federated arm, one record per round.
+        directory: `arms/` of the run.
+        federate: runs a federation inline.
+    """
+
+    args: Arguments
+    worker: Worker
+    start: ServerState
+    history: Sequence[dict[str, Any]]
+    directory: Path
+    federate: FederatedRun
+
+
+def run_arm(name: str, given: ArmInput) -> dict[str, Any]:
+    """Run one arm; returns its part of `summary.json` and leaves `arms/<name>/adapter`."""
+    try:
+        return _ARMS[name](given)
+    finally:
+        shutil.rmtree(given.directory / name / WORK, ignore_errors=True)
+
+
+def _centralized(given: ArmInput) -> dict[str, Any]:
+    return _pooled(given, "centralized", batch_factor=1)
+
+
+def _centralized_large_batch(given: ArmInput) -> dict[str, Any]:
+    return _pooled(given, "centralized_large_batch", batch_factor=len(given.worker.train))
+
+
+def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
+    worker = _quiet_worker(given, name)
+    worker.args.training.per_device_train_batch_size *= batch_factor
+    rows = concatenate_datasets(list(worker.train.values()))
+    trainer = worker.new_trainer(rows, worker.evaluation, name)
+    training = trainer.args
+    marks = [int(record["samples"]) for record in given.history[1:]]
+    batch = training.train_batch_size * training.gradient_accumulation_steps
+    steps = steps_for_samples(marks[-1], len(trainer.train_dataset), batch)
+    run = _train(given, name, trainer, max_steps=steps, marks=marks, mark_by="samples")
+    _export(given, name, run.params)
+    return of_history(run.history)
+
+
+def _local(given: ArmInput) -> dict[str, Any]:
+    worker = _quiet_worker(given, "local")
+    rounds, clients = len(given.history) - 1, []
+    best: tuple[float, PlainRun] | None = None
+    for client, rows in worker.train.items():
+        trainer = worker.new_trainer(rows, worker.evaluation, f"local-{client}")
+        steps = given.args.federation.steps_per_round or steps_of(
+            trainer, given.args.federation.epochs_per_round or 1.0
+        )
+        marks = [number * steps for number in range(1, rounds + 1)]
+        run = _train(
+            given, f"local {client}", trainer, max_steps=marks[-1], marks=marks, mark_by="steps"
+        )
+        clients.append({"client": client, **of_history(run.history)})
+        final = float(run.history[-1]["eval_loss"])
+        if best is None or final < best[0]:
+            best = (final, run)
+    if best is not None:
+        _export(given, "local", best[1].params)
+    series = [{key: value for key, value in run.items() if key != "client"} for run in clients]
+    return {**mean_series(series), "clients": clients}
+
+
+def _fixed_global(given: ArmInput) -> dict[str, Any]:
+    directory = given.directory / "fixed_global"
+    state = given.federate(_quiet_worker(given, "fixed_global"), "fixed_global", directory)
+    _export(given, "fixed_global", state.params)
+    return of_history(state.history)
+
+
+def _parity(given: ArmInput) -> dict[str, Any]:
+    """One federated client against the plain Trainer, step by step."""
+    worker = _quiet_worker(given, "parity")
+    client, rows = next(iter(worker.train.items()))
+    worker.args.training.logging_steps = 1
+    worker.args.training.logging_strategy = "steps"
+    alone = worker.fork(train={client: rows}, work_dir=worker.work_dir)
+    rounds = len(given.history) - 1
+    state = given.federate(alone, "fedavg", given.directory / "parity")
+    federated = alone.trainer(client)
+    trainer = alone.new_trainer(rows, None, "plain")
+    steps = int(federated.state.global_step)
+    run = _train(given, "parity", trainer, max_steps=steps, marks=[], mark_by="steps")
+    step = first_difference(federated.state.log_history, run.log_history)
+    equal = all(torch.equal(state.params[name], value) for name, value in run.params.items())
+    if step is None and not equal:
+        step = steps
+    _export(given, "parity", state.params)
+    series = of_history(state.history)
+    return {**series, "identical": step is None, "first_diff_step": step, "rounds": rounds}
+
+
+_ARMS: dict[str, Callable[[ArmInput], dict[str, Any]]] = {
+    "centralized": _centralized,
+    "centralized_large_batch": _centralized_large_batch,
+    "local": _local,
+    "fixed_global": _fixed_global,
+    "parity": _parity,
+}
+
+
+def _quiet_worker(given: ArmInput, name: str) -> Worker:
+    """The same model and rows, with its own work directory and no reporting of its Trainers."""
+    worker = given.worker.fork(work_dir=given.directory / name / WORK)
+    worker.args.training.report_to = []
+    return worker
+
+
+def _train(given: ArmInput, label: str, trainer: Any, **settings: Any) -> PlainRun:
+    with Progress(settings["max_steps"], label) as progress:
+        done = 0
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            progress.advance(step - done)
+            done = step
+
+        return run_plain(
+            trainer, given.start.params, given.start.manifest, on_step=on_step, **settings
+        )
+
+
+def _export(given: ArmInput, name: str, params: dict[str, Tensor]) -> None:
+    if all(math.isfinite(float(value.float().sum())) for value in params.values()):
+        state = given.start
+        export_adapter(given.directory / name / "adapter", params, state.static, state.manifest)

@@ -1,0 +1,170 @@
+"""A plain Trainer run, evaluated at marks: what every arm but the federated one is made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from fedtune.adapters import Manifest, collect, load
+from fedtune.client.counter import BatchCounter
+from fedtune.client.local import evaluate
+
+__all__ = ["PlainRun", "run_plain", "steps_for_samples"]
+
+
+@dataclass
+class PlainRun:
+    """History by mark, the trained parameters, and the Trainer's own log."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    params: dict[str, Tensor] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_plain(
+    trainer: Trainer,
+    params: dict[str, Tensor],
+    manifest: Manifest,
+    *,
+    max_steps: int,
+    marks: Sequence[int],
+    mark_by: Literal["samples", "steps"],
+    on_step: Callable[[int], None] | None = None,
+) -> PlainRun:
+    """Train `trainer` from `params` and evaluate at the first step that reaches each mark.
+
+    Args:
+        max_steps: length of the run, and so of the LR schedule.
+        marks: increasing counts of samples or optimizer steps; training ends at the last one.
+            Empty: no evaluation, train to `max_steps`.
+        on_step: called with the number of finished steps.
+    """
+    trainer.args.max_steps = max_steps
+    run = PlainRun()
+    counter = BatchCounter(trainer.model, shifted=bool(getattr(trainer, "_loss_shifts_labels", 0)))
+    if marks:
+        metrics = evaluate(trainer, params, manifest)
+        run.history.append(_record(0, metrics, counter, None, 0.0))
+    callback = _Marks(params, manifest, marks, mark_by, counter, run, on_step)
+    trainer.add_callback(callback)
+    with counter:
+        trainer.train()
+    trainer.remove_callback(callback)
+    run.params = collect(trainer.model)
+    run.log_history = list(trainer.state.log_history)
+    trainer.optimizer = None
+    trainer.lr_scheduler = None
+    return run
+
+
+def steps_for_samples(samples: int, rows: int, batch: int) -> int:
+    """Optimizer steps until `samples` are seen, when the last batch of an epoch may be short."""
+    per_epoch = -(-rows // batch)
+    epochs, rest = divmod(samples, rows)
+    return max(1, epochs * per_epoch + -(-rest // batch))
+
+
+class _Marks(TrainerCallback):
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        manifest: Manifest,
+        marks: Sequence[int],
+        mark_by: str,
+        counter: BatchCounter,
+        run: PlainRun,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
+        self._params, self._manifest = params, manifest
+        self._marks, self._mark_by = list(marks), mark_by
+        self._counter, self._run, self._on_step = counter, run, on_step
+        self._rng: Tensor | None = None
+        self._started = 0.0
+        self._losses: list[float] = []
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        load(kwargs["model"], self._params, self._manifest)
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._on_step is not None:
+            self._on_step(state.global_step)
+        if self._marks and self._reached(state) >= self._marks[0]:
+            control.should_evaluate = True
+            control.should_log = True
+            # An evaluation draws from the global RNG; training must not notice.
+            self._rng = torch.random.get_rng_state()
+            control.should_training_stop = len(self._marks) == 1
+        return control
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._losses.append(float(logs["loss"]))
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._rng is None or not self._marks:
+            return
+        torch.random.set_rng_state(self._rng)
+        self._rng = None
+        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
+        train_loss = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses = []
+        reached = self._reached(state)
+        while self._marks and reached >= self._marks[0]:
+            self._marks.pop(0)
+            number = len(self._run.history)
+            self._run.history.append(
+                _record(number, metrics or {}, self._counter, train_loss, seconds)
+            )
+
+    def _reached(self, state: TrainerState) -> int:
+        return self._counter.examples if self._mark_by == "samples" else state.global_step
+
+
+def _record(
+    number: int,
+    metrics: dict[str, float],
+    counter: BatchCounter,
+    train_loss: float | None,
+    seconds: float,
+) -> dict[str, Any]:
+    others = {
+        key: float(value)
+        for key, value in metrics.items()
+        if key not in ("eval_loss", "epoch")
+        and isinstance(value, int | float)
+        and not key.endswith(("_runtime", "_per_second"))
+    }
+    return {
+        "round": number,
+        "eval_loss": metrics.get("eval_loss"),
+        "eval_metrics": others,
+        "train_loss": train_loss,
+        "samples": counter.examples,
+        "tokens": counter.tokens,
+        "wall_s": round(seconds, 4),
+    }

@@ -1,0 +1,103 @@
+"""`summary.json`: all arms, the verdict, the data, the settings and the versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from fedtune.compare.series import mean_series
+from fedtune.compare.verdict import verdict
+from fedtune.config import Arguments
+
+__all__ = ["SeedResult", "build_summary"]
+
+PACKAGES = ("fedtune", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "flwr")
+
+# One seed's arms: name -> its part of the summary ("federated" is always there).
+SeedResult = Mapping[str, Mapping[str, Any]]
+
+
+def build_summary(
+    args: Arguments,
+    results: Sequence[SeedResult],
+    *,
+    clients: Sequence[Mapping[str, Any]],
+    model_bytes: int,
+) -> dict[str, Any]:
+    """The summary over seeds; series are means, `runs` holds one series per seed."""
+    sampled = max(1, int(args.federation.fraction_train * len(clients) + 0.5))
+    series = {
+        name: [_plain_series(result[name]) for result in results]
+        for name in results[0]
+        if name != "parity"
+    }
+    arms: dict[str, Any] = {
+        name: {**mean_series(runs), "runs": runs} for name, runs in series.items()
+    }
+    if "local" in results[0]:
+        arms["local"]["clients"] = _mean_clients([result["local"] for result in results])
+    parity = None
+    if "parity" in results[0]:
+        steps = [result["parity"]["first_diff_step"] for result in results]
+        parity = {
+            "identical": all(step is None for step in steps),
+            "first_diff_step": next((step for step in steps if step is not None), None),
+        }
+    return {
+        "strategy": args.federation.strategy,
+        "engine": args.federation.engine,
+        "codec": "none",
+        "seeds": args.seeds,
+        "arms": arms,
+        "verdict": verdict(
+            series,
+            parity=parity,
+            full_bytes=2 * sampled * model_bytes,
+            time_split=_time_split(results),
+        ),
+        "data": {"clients": list(clients)},
+        "config": settings_of(args),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def settings_of(args: Arguments) -> dict[str, Any]:
+    """Every setting by group, as JSON values."""
+    groups = {
+        "model": args.model,
+        "adapter": args.adapter,
+        "data": args.data,
+        "federation": args.federation,
+        "run": args.run,
+    }
+    training = {
+        key: value
+        for key, value in args.training.to_dict().items()
+        if isinstance(value, str | int | float | bool | None)
+    }
+    return {**{name: asdict(group) for name, group in groups.items()}, "training": training}
+
+
+def _plain_series(arm: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {key: value for key, value in arm.items() if key not in ("clients", "time")}
+
+
+def _time_split(results: Sequence[SeedResult]) -> dict[str, float]:
+    """Seconds of the federated arm by activity, mean over seeds."""
+    rounds = [times for result in results for times in result["federated"]["time"]]
+    names = rounds[0]
+    return {name: sum(times[name] for times in rounds) / len(results) for name in names}
+
+
+def _mean_clients(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    by_client = zip(*(arm["clients"] for arm in arms), strict=True)
+    return [
+        {
+            "client": runs[0]["client"],
+            **mean_series([{k: v for k, v in run.items() if k != "client"} for run in runs]),
+        }
+        for runs in by_client
+    ]

@@ -1,0 +1,40 @@
+"""Rows: where they come from, who owns them, and what the trainers take."""
+
+from fedtune.data.columns import find_label_column
+from fedtune.data.detect import RowFormat, row_format
+from fedtune.data.formats import (
+    as_classification_rows,
+    as_label_prompt_rows,
+    as_language_rows,
+    find_label_names,
+    instruction_prompt,
+    label_prompt,
+)
+from fedtune.data.lengths import check_lengths, context_length, token_lengths
+from fedtune.data.load import hold_out, load_rows, load_split
+from fedtune.data.partition import partition
+from fedtune.data.silos import Silos, make_silos
+from fedtune.data.summary import client_table, format_table
+
+__all__ = [
+    "RowFormat",
+    "Silos",
+    "as_classification_rows",
+    "as_label_prompt_rows",
+    "as_language_rows",
+    "check_lengths",
+    "client_table",
+    "context_length",
+    "find_label_column",
+    "find_label_names",
+    "format_table",
+    "hold_out",
+    "instruction_prompt",
+    "label_prompt",
+    "load_rows",
+    "load_split",
+    "make_silos",
+    "partition",
+    "row_format",
+    "token_lengths",
+]

@@ -1,0 +1,151 @@
+"""Raw rows to what each trainer takes; all other columns are dropped, so partition first.
+
+No end-of-text token is added here: trl's SFTTrainer adds one to `text` and `completion` that lack
+it, and its default loss covers the completion only where there is a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from fedtune.config import DataArguments
+from fedtune.data.columns import find_label_column, names_of, require_text
+from fedtune.data.detect import plain_texts, requests, row_format
+from fedtune.errors import ConfigError, DataError
+
+__all__ = [
+    "as_classification_rows",
+    "as_label_prompt_rows",
+    "as_language_rows",
+    "find_label_names",
+    "instruction_prompt",
+    "label_prompt",
+]
+
+
+def as_language_rows(rows: Dataset, data: DataArguments, tokenizer: Any) -> Dataset:
+    """Rows for SFTTrainer: `text`, `prompt` and `completion`, or `messages` (see `detect`).
+
+    Raises:
+        ConfigError: `messages` and a tokenizer without a chat template.
+        DataError: no format fits, or a cell is empty or of the wrong type.
+    """
+    form = row_format(rows.column_names, data)
+    if form.kind == "text":
+        return Dataset.from_dict({"text": require_text(rows, form.request)})
+    if form.kind == "messages":
+        _check_chat_template(tokenizer)
+        _check_messages(rows["messages"])
+        return rows.select_columns(["messages"])
+    if form.kind == "pair":
+        prompts = require_text(rows, form.request)
+    else:
+        prompts = [instruction_prompt(asked, given) for asked, given in requests(rows, form)]
+    return _pairs(prompts, require_text(rows, form.answer, blank_allowed=True))
+
+
+def as_label_prompt_rows(rows: Dataset, data: DataArguments) -> Dataset:
+    """Text and label as a question and its answer: `label_prompt(text)` and `" positive"`.
+
+    The text is `--text_column`, else `text`, else (instruction rows) the input or, where that is
+    empty, the instruction.
+
+    Raises:
+        DataError: no text or no label column, or an empty cell.
+    """
+    labels = names_of(rows, _label_column(rows, data))
+    prompts = [label_prompt(text) for text in plain_texts(rows, data)]
+    return _pairs(prompts, [f" {label}" for label in labels])
+
+
+def as_classification_rows(
+    rows: Dataset, data: DataArguments, label_names: Sequence[str] | None = None
+) -> tuple[Dataset, list[str]]:
+    """`text` and integer `labels`, and the name of each label.
+
+    Give every client the same `label_names` (`find_label_names` of all rows), since a client may
+    lack a class. Without them they come from these rows.
+
+    Raises:
+        DataError: no text or no label column, an empty cell, or a label that has no name.
+    """
+    column = _label_column(rows, data)
+    names = find_label_names(rows, data) if label_names is None else list(label_names)
+    ids = {name: i for i, name in enumerate(names)}
+    labels = names_of(rows, column)
+    for i, label in enumerate(labels):
+        if label not in ids:
+            raise DataError(
+                f"column `{column}`: expected one of {', '.join(names)}, received {label!r} in "
+                f"row {i} (rows count from 0). Fix: correct the row, or name all labels."
+            )
+    texts = plain_texts(rows, data)
+    return Dataset.from_dict({"text": texts, "labels": [ids[label] for label in labels]}), names
+
+
+def find_label_names(rows: Dataset, data: DataArguments) -> list[str]:
+    """Names of the classes: those of a ClassLabel, else the distinct labels, sorted.
+
+    Raises:
+        DataError: no label column, or an empty cell.
+    """
+    column = _label_column(rows, data)
+    declared = getattr(rows.features[column], "names", None)
+    if declared:
+        return [str(name) for name in declared]
+    found = set(names_of(rows, column))
+    numeric = all(name.removeprefix("-").isdecimal() for name in found)
+    return sorted(found, key=lambda name: (int(name) if numeric else 0, name))
+
+
+def instruction_prompt(instruction: str, given: str = "") -> str:
+    """The prompt of an instruction row; the answer follows on the next line."""
+    material = f"### Input:\n{given}\n\n" if given.strip() else ""
+    return f"### Instruction:\n{instruction}\n\n{material}### Response:\n"
+
+
+def label_prompt(text: str) -> str:
+    """The prompt whose answer is a label, with a space before it."""
+    return f"Text: {text}\nSentiment:"
+
+
+def _pairs(prompts: list[str], completions: list[str]) -> Dataset:
+    return Dataset.from_dict({"prompt": prompts, "completion": completions})
+
+
+def _label_column(rows: Dataset, data: DataArguments) -> str:
+    column = find_label_column(rows.column_names, data)
+    if column is None:
+        raise DataError(
+            f"columns: expected a label, received {', '.join(rows.column_names)}. "
+            "Fix: name it with --label_column."
+        )
+    return column
+
+
+def _check_chat_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "column `messages`: expected a tokenizer with a chat template, received one without. "
+            "Fix: use an instruct model, put chat_template.jinja beside the tokenizer, or use "
+            "prompt/completion rows."
+        )
+
+
+def _check_messages(conversations: Sequence[Any]) -> None:
+    for i, turns in enumerate(conversations):
+        good = isinstance(turns, list) and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in turns
+        )
+        if not good or not turns:
+            raise DataError(
+                "column `messages`: expected a list of {role, content} with text in both, "
+                f"received {str(turns)[:60]!r} in row {i} (rows count from 0). "
+                "Fix: correct or remove the row."
+            )

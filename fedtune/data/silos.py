@@ -1,0 +1,102 @@
+"""One data set per client, and one that nobody trains on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+
+from fedtune.config import DataArguments
+from fedtune.data.columns import find_label_column, names_of, require_column
+from fedtune.data.load import load_split
+from fedtune.data.partition import partition
+from fedtune.errors import ConfigError
+
+__all__ = ["Silos", "make_silos"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Silos:
+    """Raw rows of every client and the held-out rows.
+
+    `indices[k]` are the positions of client k's rows in the training rows (those left after the
+    held-out ones are taken). `owned[k]` are the column values that client k owns under
+    `--partition column`, most rows first, and empty under the other kinds.
+    """
+
+    train: list[Dataset]
+    evaluation: Dataset
+    names: list[str]
+    indices: list[list[int]]
+    owned: list[list[str]] = field(default_factory=list)
+
+
+def make_silos(data: DataArguments, *, num_clients: int, min_rows: int, data_seed: int) -> Silos:
+    """Load, hold out, then deal the other rows to `client-0`, `client-1`, ...
+
+    Under dirichlet, warns of every client that has a single class.
+
+    Raises:
+        ConfigError: flags that do not go together.
+        DataError: unreadable data, unknown columns, or an impossible partition.
+    """
+    rows, evaluation = load_split(data, data_seed=data_seed)
+    label = find_label_column(rows.column_names, data)
+    name = _partition_column(rows, data, label)
+    values = None if name is None else names_of(rows, name)
+    indices = partition(
+        data.partition,
+        len(rows),
+        num_clients,
+        values=values,
+        alpha=data.partition_alpha,
+        min_rows=min_rows,
+        seed=data_seed,
+    )
+    names = [f"client-{k}" for k in range(num_clients)]
+    owned: list[list[str]] = [[] for _ in indices]
+    if values is not None and data.partition == "column":
+        owned = [_by_frequency([values[i] for i in part]) for part in indices]
+    if values is not None and data.partition == "dirichlet":
+        _warn_single_class(names, indices, values)
+    train = [rows.select(part, keep_in_memory=True) for part in indices]
+    return Silos(train, evaluation, names, indices, owned)
+
+
+def _partition_column(rows: Dataset, data: DataArguments, label: str | None) -> str | None:
+    """The column that decides who owns a row, or None for iid and size."""
+    if data.partition in ("iid", "size"):
+        return None
+    if data.partition_column is not None:
+        return require_column(rows.column_names, data.partition_column, "--partition_column")
+    if data.partition == "dirichlet" and label is not None:
+        return label
+    raise ConfigError(
+        f"--partition {data.partition}: expected --partition_column, received none"
+        f"{' and no label column was found' if data.partition == 'dirichlet' else ''}. "
+        f"Fix: --partition_column with one of {', '.join(rows.column_names)}."
+    )
+
+
+def _by_frequency(values: list[str]) -> list[str]:
+    counts = Counter(values)
+    return sorted(counts, key=lambda value: (-counts[value], value))
+
+
+def _warn_single_class(names: list[str], indices: list[list[int]], classes: list[str]) -> None:
+    if len(set(classes)) < 2:
+        return
+    for name, part in zip(names, indices, strict=True):
+        found = {classes[i] for i in part}
+        if len(found) == 1:
+            log.warning(
+                "%s has a single class: all its %d rows are %r. A larger --partition_alpha or "
+                "fewer clients mixes more.",
+                name,
+                len(part),
+                found.pop(),
+            )

@@ -1,0 +1,1 @@
+"""Where a federation runs: `inline` in this process, `ray` in Flower's simulation."""

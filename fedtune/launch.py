@@ -1,0 +1,112 @@
+"""From a recipe's two functions to a finished run: flags, data, engine, arms, report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedtune.checks import check_arguments, prepare_output_dir, run_settings
+from fedtune.client.worker import BuildModel, BuildTrainer
+from fedtune.config import Arguments
+from fedtune.errors import FedtuneError, RoundError
+from fedtune.settings import parse_arguments
+
+__all__ = ["launch"]
+
+USAGE_ERROR, RUN_ERROR = 2, 1
+
+
+def launch(
+    build_model: BuildModel,
+    build_trainer: BuildTrainer,
+    *,
+    training_class: type | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Run a recipe: parse flags and the YAML beside it, federate, compare, report.
+
+    Args:
+        build_model: `args -> (model, tokenizer)`, called once per process.
+        build_trainer: `args, model, tokenizer, train, evaluation -> Trainer`, called once per
+            client; `evaluation` is None for clients that do not score the global model.
+        training_class: `TrainingArguments` or a subclass; trl's `SFTConfig` by default.
+        argv: flags, by default those of the command line.
+
+    Ends the process: status 2 for a wrong setting or unusable data, 1 for a run that failed.
+    """
+    _quiet_libraries()
+    try:
+        args = parse_arguments(
+            training_class or _sft_config(), argv, recipe_file=_file_of(build_model)
+        )
+        check_arguments(args)
+        run(args, build_model, build_trainer)
+    except RoundError as error:
+        _fail(error, RUN_ERROR)
+    except FedtuneError as error:
+        _fail(error, USAGE_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -> dict[str, Any]:
+    """`launch` without parsing: returns the summary, raises FedtuneError."""
+    from fedtune.runs import run_seeds
+
+    if args.run.dry_run:
+        return _dry_run(args, build_model, build_trainer)
+    directory = prepare_output_dir(
+        args.training.output_dir,
+        resume=args.run.resume,
+        overwrite=args.run.overwrite,
+        settings=run_settings(args),
+    )
+    return run_seeds(args, directory, build_model, build_trainer)
+
+
+def _dry_run(
+    args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer
+) -> dict[str, Any]:
+    from fedtune.dry_run import describe_run
+    from fedtune.prepare import load_silos, prepare
+
+    silos = load_silos(args)
+    with TemporaryDirectory() as scratch:
+        prepared = prepare(
+            args, args.seeds[0], silos, Path(scratch), build_model, build_trainer
+        )
+        print(describe_run(args, prepared))
+    return {}
+
+
+def _quiet_libraries() -> None:
+    """One bar for the rounds instead of one per loaded weight and tokenized data set."""
+    import datasets
+    import transformers
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    for chatty in ("py.warnings", "bitsandbytes", "transformers", "trl"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _sft_config() -> type:
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+def _file_of(function: Callable[..., Any]) -> str:
+    return function.__code__.co_filename
+
+
+def _fail(error: Exception, status: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(status)

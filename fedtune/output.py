@@ -1,0 +1,187 @@
+"""The output directory of a run: who may write there, and what a resumed run must share.
+
+`run.json` is written before anything else, so that a run killed before its first checkpoint can be
+resumed too. It also proves that the directory is fedtune's: nothing is deleted without it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Arguments
+from fedtune.errors import ConfigError
+from fedtune.files import read_json, write_json
+
+__all__ = [
+    "MARKER",
+    "OWN",
+    "prepare_output_dir",
+    "run_settings",
+]
+
+MARKER = "run.json"
+
+# What --overwrite may delete.
+OWN = frozenset(
+    [
+        "adapter",
+        "arms",
+        "best",
+        "checkpoints",
+        "clients",
+        "logs",
+        "loss.png",
+        "model",
+        "report.html",
+        "rounds.jsonl",
+        "run.json",
+        "seeds",
+        "summary.json",
+        "tensorboard",
+    ]
+)
+
+# Changing these leaves the result as it is, so that a resumed run may.
+FREE = frozenset(
+    [
+        "cpus_per_client",
+        "engine",
+        "gpus_per_client",
+        "max_failed_rounds",
+        "round_timeout_s",
+        "save_every_rounds",
+    ]
+)
+
+# HuggingFace settings that change the result.
+DECISIVE = [
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "assistant_only_loss",
+    "bf16",
+    "completion_only_loss",
+    "data_seed",
+    "dataloader_drop_last",
+    "fp16",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "learning_rate",
+    "loss_type",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_length",
+    "neftune_noise_alpha",
+    "optim",
+    "optim_args",
+    "packing",
+    "packing_strategy",
+    "per_device_train_batch_size",
+    "train_sampling_strategy",
+    "warmup_steps",
+    "weight_decay",
+]
+
+
+def run_settings(args: Arguments) -> dict[str, Any]:
+    """Settings by flag name that a run and its continuation must share, as JSON values."""
+    groups = (args.model, args.adapter, args.data, args.federation)
+    settings = {name: value for group in groups for name, value in vars(group).items()}
+    settings |= {name: getattr(args.training, name, None) for name in DECISIVE}
+    settings = {name: value for name, value in settings.items() if name not in FREE}
+    plain: dict[str, Any] = json.loads(json.dumps({**settings, "seeds": args.seeds}, default=str))
+    return plain
+
+
+def prepare_output_dir(
+    directory: str | Path, *, resume: bool, overwrite: bool, settings: Mapping[str, Any]
+) -> Path:
+    """Make `directory` ready for a run with `settings` (see `run_settings`); returns its path.
+
+    Raises:
+        ConfigError: it holds an earlier run and neither flag is given, `resume` finds no run or one
+            with other settings, or `overwrite` finds files that fedtune did not make.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--output_dir: {directory} is a file. Choose a directory.")
+    if resume:
+        _check_same(directory, settings)
+        return directory
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if names and overwrite:
+        _delete_run(directory, names)
+    elif names:
+        _refuse(directory, names)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / MARKER, {"fedtune_run": 1, "settings": dict(settings)})
+    except OSError as error:
+        raise ConfigError(f"--output_dir: cannot write {directory}: {error.strerror}.") from None
+    return directory
+
+
+def _check_same(directory: Path, settings: Mapping[str, Any]) -> None:
+    stored = _marker(directory)
+    if stored is None:
+        raise ConfigError(
+            f"--resume: no run to continue in {directory} (no {MARKER}). Check --output_dir, or "
+            "leave out --resume."
+        )
+    for name in sorted({*stored, *settings}):
+        if stored.get(name) != settings.get(name):
+            raise ConfigError(
+                f"--resume: the run in {directory} has --{name} {stored.get(name)}, received "
+                f"{settings.get(name)}. Give the earlier value, or use another --output_dir."
+            )
+
+
+def _refuse(directory: Path, names: list[str]) -> None:
+    if _marker(directory) is None:
+        raise ConfigError(
+            f"--output_dir: {directory} is not empty ({names[0]}). Choose another directory."
+        )
+    raise ConfigError(
+        f"--output_dir: {directory} holds an earlier run. Continue it with --resume, replace it "
+        "with --overwrite, or choose another directory."
+    )
+
+
+def _delete_run(directory: Path, names: list[str]) -> None:
+    foreign = [name for name in names if not _own(name)]
+    if foreign or _marker(directory) is None:
+        what = f"{foreign[0]}, which fedtune did not write" if foreign else f"no {MARKER} of a run"
+        raise ConfigError(
+            f"--overwrite: {directory} holds {what}; nothing is deleted. Choose another directory."
+        )
+    for name in sorted(names, key=lambda name: name == MARKER):  # the proof goes last
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _own(name: str) -> bool:
+    """A name of ours, or what an interrupted write of it left (`.name.tmp`, `.new`, `.old`)."""
+    if name.startswith("."):
+        stem, _, suffix = name[1:].rpartition(".")
+        return stem in OWN and suffix in ("tmp", "new", "old")
+    return name in OWN
+
+
+def _marker(directory: Path) -> dict[str, Any] | None:
+    """Settings of the run in `directory`, or None when it holds no run of fedtune."""
+    try:
+        stored = read_json(directory / MARKER)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(stored, dict) or "fedtune_run" not in stored:
+        return None
+    settings = stored.get("settings")
+    return settings if isinstance(settings, dict) else None

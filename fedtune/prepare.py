@@ -1,0 +1,86 @@
+"""What a run starts from: silos, a worker with every client's Trainer, and the table of clients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from fedtune.client.local import steps_of
+from fedtune.client.worker import BuildModel, BuildTrainer, Worker
+from fedtune.config import Arguments
+from fedtune.data import client_table, find_label_column, make_silos
+from fedtune.data.silos import Silos
+
+__all__ = ["Prepared", "load_silos", "prepare", "steps_per_client"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A worker, its clients' data in numbers, and the bytes of the whole model."""
+
+    worker: Worker
+    clients: list[dict[str, Any]]
+    model_bytes: int
+
+
+def load_silos(args: Arguments) -> Silos:
+    """Rows of every client and the held-out rows; they depend on `--data_seed`, not on the seed."""
+    training = args.training
+    one_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return make_silos(
+        args.data,
+        num_clients=args.federation.num_clients,
+        min_rows=args.data.min_rows or one_batch,
+        data_seed=training.data_seed,
+    )
+
+
+def prepare(
+    args: Arguments,
+    seed: int,
+    silos: Silos,
+    work_dir: Path,
+    build_model: BuildModel,
+    build_trainer: BuildTrainer,
+) -> Prepared:
+    """Build the model and every client's Trainer, so that what cannot work is known before training."""
+    worker = Worker(
+        build_model,
+        build_trainer,
+        _with_seed(args, seed),
+        dict(zip(silos.names, silos.train, strict=True)),
+        silos.evaluation,
+        work_dir,
+    )
+    tokens = [_tokens(worker.trainer(name)) for name in silos.names]
+    counts = None if None in tokens else [count for count in tokens if count is not None]
+    label = find_label_column(silos.train[0].column_names, args.data)
+    model_bytes = sum(p.numel() * p.element_size() for p in worker.model.parameters())
+    return Prepared(worker, client_table(silos, counts, label), model_bytes)
+
+
+def steps_per_client(args: Arguments, worker: Worker) -> list[int]:
+    """Optimizer steps of each client in a round."""
+    federation = args.federation
+    if federation.steps_per_round:
+        return [federation.steps_per_round] * len(worker.train)
+    epochs = federation.epochs_per_round or 1.0
+    return [steps_of(worker.trainer(name), epochs) for name in worker.train]
+
+
+def _with_seed(args: Arguments, seed: int) -> Arguments:
+    seeded = copy.copy(args)
+    seeded.training = copy.deepcopy(args.training)
+    seeded.training.seed = seeded.training.data_seed = seed
+    return seeded
+
+
+def _tokens(trainer: Trainer) -> int | None:
+    rows = trainer.train_dataset
+    if rows is None or "input_ids" not in getattr(rows, "column_names", ()):
+        return None
+    return sum(len(ids) for ids in rows["input_ids"])

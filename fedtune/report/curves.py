@@ -1,0 +1,198 @@
+"""Which lines a chart has, and in which colours; matplotlib and the SVG draw the same ones.
+
+Colours are Okabe and Ito's, which stay apart under the common kinds of colour blindness; the dark
+variants are lighter. No line is told apart by colour alone: each has its name at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedtune.report.records import Arm, Series, Summary, Values, last
+
+__all__ = [
+    "ARM_LABELS",
+    "COMPARE_TONES",
+    "PALETTE",
+    "Curve",
+    "compare_curves",
+    "gap_curves",
+    "loss_curves",
+    "traffic_curves",
+]
+
+PALETTE = {  # tone: (on white, on dark)
+    "federated": ("#0072b2", "#58aee8"),
+    "centralized": ("#d55e00", "#f0884a"),
+    "centralized_large_batch": ("#b98200", "#e3b341"),
+    "local": ("#009e73", "#3fc79a"),
+    "fixed_global": ("#7b8490", "#8d97a3"),
+    "violet": ("#a3508a", "#da9bc6"),
+}
+COMPARE_TONES = (
+    "federated",
+    "centralized",
+    "local",
+    "violet",
+    "centralized_large_batch",
+    "fixed_global",
+)
+
+ARM_LABELS = {
+    "federated": "federated",
+    "centralized": "centralized",
+    "centralized_large_batch": "centralized, large batch",
+    "local": "local only",
+    "fixed_global": "fixed global (control)",
+}
+
+
+LONGEST = 26  # characters of a directory in a label
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: y over x, with a band from low to high where there is a spread."""
+
+    tone: str
+    label: str
+    x: Values
+    y: Values
+    low: Values = ()
+    high: Values = ()
+    dashed: bool = False
+
+
+def loss_curves(summary: Summary) -> list[Curve]:
+    """Eval loss against samples seen by all clients together, one curve per arm.
+
+    Local models and the control are drawn at the round they belong to, which is the federated x.
+    """
+    shared = _samples(summary.federated.mean)
+    curves = []
+    for name, label in ARM_LABELS.items():
+        arm = summary.arms.get(name)
+        if arm is None or last(arm.mean.eval_loss) is None:
+            continue
+        own = _samples(arm.mean)
+        by_round = name in ("local", "fixed_global") and len(own) == len(shared)
+        low, high = _band(arm)
+        curves.append(
+            Curve(
+                tone=name,
+                label=label,
+                x=shared if by_round else own,
+                y=arm.mean.eval_loss,
+                low=low,
+                high=high,
+                dashed=name == "fixed_global",
+            )
+        )
+    return curves
+
+
+def gap_curves(summary: Summary) -> list[Curve]:
+    """Gap to centralized in % after each round, band over seeds; empty without that arm."""
+    central = summary.arms.get("centralized")
+    if central is None:
+        return []
+    mean = _gap(summary.federated.mean, central.mean)
+    if last(mean) is None:
+        return []
+    runs = zip(summary.federated.runs, central.runs, strict=False)
+    low, high = _extremes([_gap(federated, other) for federated, other in runs])
+    return [Curve("federated", "", _rounds(mean), mean, low, high)]
+
+
+def traffic_curves(summary: Summary) -> list[Curve]:
+    """Cumulative MB on the wire, and what the same records would be without a codec (dashed)."""
+    series = summary.federated.mean
+    curves = []
+    for tone, label, wire, raw in (
+        ("federated", "up", series.bytes_up, series.bytes_up_raw),
+        ("violet", "down", series.bytes_down, series.bytes_down_raw),
+    ):
+        sent, plain = _cumulative_mb(wire), _cumulative_mb(raw)
+        if not last(sent):
+            continue
+        curves.append(Curve(tone, label, _rounds(sent), sent))
+        if (last(plain) or 0) > 1.05 * (last(sent) or 0):
+            name = f"{label}, no codec"
+            curves.append(Curve(tone, name, _rounds(plain), plain, dashed=True))
+    return curves
+
+
+def compare_curves(summaries: Sequence[Summary]) -> list[Curve]:
+    """One federated curve per run."""
+    labels = _compare_labels(summaries)
+    curves = []
+    for index, (summary, label) in enumerate(zip(summaries, labels, strict=True)):
+        arm = summary.federated
+        low, high = _band(arm)
+        tone = COMPARE_TONES[index % len(COMPARE_TONES)]
+        dashed = index >= len(COMPARE_TONES)
+        x = _samples(arm.mean)
+        curves.append(Curve(tone, label, x, arm.mean.eval_loss, low, high, dashed))
+    return curves
+
+
+def _compare_labels(summaries: Sequence[Summary]) -> list[str]:
+    """`directory (strategy, codec)`: only what differs, and the parent where two share a name."""
+    paths = [summary.directory.resolve() for summary in summaries]
+    facts = [(summary.setting("strategy"), summary.setting("codec")) for summary in summaries]
+    told = [len(set(column)) > 1 for column in zip(*facts, strict=True)]
+    labels = []
+    for path, fact in zip(paths, facts, strict=True):
+        twin = sum(other.name == path.name for other in paths) > 1
+        name = f"{path.parent.name}/{path.name}" if twin else path.name
+        name = name if len(name) <= LONGEST else f"{name[:11]}...{name[14 - LONGEST :]}"
+        known = ", ".join(
+            value for value, differs in zip(fact, told, strict=True) if differs and value
+        )
+        labels.append(f"{name} ({known})" if known else name)
+    return labels
+
+
+def _samples(series: Series) -> Values:
+    """Samples seen, or round numbers where a run did not count them."""
+    if len(series.samples) == len(series.eval_loss) and last(series.samples):
+        return series.samples
+    return _rounds(series.eval_loss)
+
+
+def _rounds(values: Values) -> Values:
+    return tuple(float(index) for index in range(len(values)))
+
+
+def _band(arm: Arm) -> tuple[Values, Values]:
+    """Best and worst: over clients for `local`, over seeds for the others."""
+    members = arm.clients if arm.name == "local" and arm.clients else arm.runs
+    return _extremes([member.eval_loss for member in members])
+
+
+def _extremes(series: Sequence[Values]) -> tuple[Values, Values]:
+    """Lowest and highest by index; nothing for fewer than two series."""
+    if len(series) < 2:
+        return (), ()
+    columns = list(zip(*series, strict=False))
+    return _each(min, columns), _each(max, columns)
+
+
+def _each(pick: Callable[[list[float]], float], columns: Sequence[Values]) -> Values:
+    known = [[value for value in column if value is not None] for column in columns]
+    return tuple(pick(values) if values else None for values in known)
+
+
+def _gap(federated: Series, other: Series) -> Values:
+    pairs = zip(federated.eval_loss, other.eval_loss, strict=False)
+    return tuple(100 * (f - c) / c if f is not None and c else None for f, c in pairs)
+
+
+def _cumulative_mb(values: Values) -> Values:
+    total = 0.0
+    sums = []
+    for value in values:
+        total += (value or 0) / 1e6
+        sums.append(total)
+    return tuple(sums)

@@ -1,0 +1,177 @@
+"""`report.html`: one file that opens anywhere, with no network, script or font of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedtune.report import logbook, results, text
+from fedtune.report.curves import Curve, gap_curves, loss_curves, traffic_curves
+from fedtune.report.markup import unbroken
+from fedtune.report.records import Summary, last
+from fedtune.report.series import load_rounds, load_summary, rounds_file
+from fedtune.report.style import style_sheet
+from fedtune.report.svg import Shape, esc, line_chart
+from fedtune.report.verdict import headline
+
+__all__ = ["render_report", "write_report"]
+
+# Nothing may be fetched or run, whatever a name in the data says.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write `directory/report.html` from `summary.json` and `rounds.jsonl`; returns its path."""
+    path = Path(directory) / "report.html"
+    draft = path.with_name(".report.html.tmp")
+    draft.write_text(render_report(directory), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def render_report(directory: str | Path) -> str:
+    """The page as text."""
+    summary = load_summary(directory)
+    rounds, source = load_rounds(directory), rounds_file(Path(directory))
+    seed = source.parent.name if source and source.parent.parent.name == "seeds" else None
+    name = esc(summary.directory.resolve().name)
+    body = "".join(
+        (
+            _header(summary, name),
+            results.cards(summary),
+            _loss_figure(summary),
+            _small_figures(summary),
+            results.verdict_section(summary),
+            results.arms_section(summary),
+            logbook.rounds_section(summary, rounds, seed),
+            logbook.refused_section(rounds),
+            logbook.clients_section(summary),
+            logbook.details("Configuration", summary.config),
+            logbook.details("Versions", summary.versions),
+        )
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+        f"<title>{name}: fedtune report</title>\n<style>{style_sheet()}</style>\n</head>\n"
+        f"<body>\n<main>{body}<footer>Written by fedtune. MB = 10\N{SUPERSCRIPT SIX} bytes. "
+        "Numbers are means over seeds unless stated.</footer></main>\n</body>\n</html>\n"
+    )
+
+
+def _header(summary: Summary, name: str) -> str:
+    facts = {
+        "strategy": summary.setting("strategy"),
+        "codec": summary.setting("codec"),
+        "clients": summary.setting("num_clients") or (str(len(summary.clients)) or None),
+        "rounds": str(summary.rounds),
+        "seeds": str(summary.seeds),
+        "model": summary.setting("model_name_or_path"),
+    }
+    chips = "".join(
+        f"<li>{label} <b>{esc(value)}</b></li>"
+        for label, value in facts.items()
+        if value != "0" and value
+    )
+    return (
+        f'<header><p class="eyebrow"><b>fedtune</b> / {name}</p>'
+        f"<h1>{esc(unbroken(headline(summary)))}</h1>"
+        f'<ul class="chips">{chips}</ul></header>'
+    )
+
+
+def _loss_figure(summary: Summary) -> str:
+    curves = loss_curves(summary)
+    counted = last(summary.federated.mean.samples) is not None
+    chart = _both(
+        curves,
+        wide=Shape(1070, 430, right=232),
+        narrow=Shape(360, 300, right=12, left=40),
+        x_title="samples seen, all clients together" if counted else "round",
+        y_text=text.loss,
+        title="Held-out loss against samples seen",
+        start="untuned",
+    )
+    if not chart:
+        return ""
+    keys = "".join(
+        f'<li class="t-{curve.tone}"><span class="key"></span>{esc(curve.label)} '
+        f"<b>{text.loss(last(curve.y))}</b></li>"
+        for curve in curves
+    )
+    return (
+        f"<section><figure><h2>Held-out loss</h2><figcaption>{_caption(summary, curves)}"
+        f'</figcaption><ul class="legend">{keys}</ul>{chart}</figure></section>'
+    )
+
+
+def _caption(summary: Summary, curves: Sequence[Curve]) -> str:
+    parts = ["The same held-out rows for every arm; lower is better."]
+    if summary.seeds > 1:
+        parts.append(f"Bands run from the lowest to the highest of {summary.seeds} seeds.")
+    clients = len(summary.arms["local"].clients) if "local" in summary.arms else 0
+    if clients > 1 and any(curve.tone == "local" and curve.low for curve in curves):
+        parts.append(
+            f"Local only: mean, best and worst of {clients} clients, each on its own rows."
+        )
+    return " ".join(parts)
+
+
+def _small_figures(summary: Summary) -> str:
+    gaps, traffic = gap_curves(summary), traffic_curves(summary)
+    width = 500 if gaps and traffic else 1070
+    gap_chart = _both(
+        gaps,
+        wide=Shape(width, 240, right=86),
+        narrow=Shape(360, 230, right=76, left=40),
+        x_title="round",
+        y_text=lambda value: text.percent(value, signed=True),
+        title="Gap to centralized after each round",
+        zero=True,
+    )
+    traffic_chart = _both(
+        traffic,
+        wide=Shape(width, 240, right=178),
+        narrow=Shape(360, 230, right=166, left=40),
+        x_title="round",
+        y_text=lambda value: text.megabytes(value * 1e6),
+        title="Cumulative MB on the wire",
+        zero=True,
+    )
+    figures = "".join(
+        f"<section><figure><h2>{title}</h2><figcaption>{note}</figcaption>{chart}</figure></section>"
+        for title, note, chart in (
+            ("Gap to centralized", "Percent at equal samples; zero is no gap.", gap_chart),
+            ("Traffic", "Cumulative MB on the wire, all clients.", traffic_chart),
+        )
+        if chart
+    )
+    return f'<div class="pair">{figures}</div>' if figures else ""
+
+
+def _both(
+    curves: Sequence[Curve],
+    *,
+    wide: Shape,
+    narrow: Shape,
+    x_title: str,
+    y_text: Callable[[float], str],
+    title: str,
+    zero: bool = False,
+    start: str = "",
+) -> str:
+    def draw(shape: Shape, css: str) -> str:
+        return line_chart(
+            curves,
+            shape,
+            x_title=x_title,
+            y_text=y_text,
+            title=title,
+            css=css,
+            zero=zero,
+            start=start,
+        )
+
+    return draw(wide, "wide") + draw(narrow, "narrow")

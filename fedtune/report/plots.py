@@ -1,0 +1,228 @@
+"""`loss.png` and the figure of `fedtune plot`: matplotlib without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.report import text
+from fedtune.report.curves import (
+    PALETTE,
+    Curve,
+    compare_curves,
+    gap_curves,
+    loss_curves,
+    traffic_curves,
+)
+from fedtune.report.records import Summary, Values, last
+from fedtune.report.svg import spread_out
+from fedtune.report.verdict import headline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_compare", "draw_loss"]
+
+INK, SOFT, RULE = "#15191e", "#5a6470", "#e6e9ed"
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10.5,
+    "text.parse_math": False,  # a `$` in a directory's name is a `$`
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+WIDTH_IN, DPI = 9.6, 200  # 1920 px: sharp when shown at 900
+DRAFT_DPI = 100  # while labels are placed; positions are in points and so hold at any DPI
+
+
+def draw_loss(summary: Summary, path: str | Path) -> Path:
+    """Eval loss against samples of every arm; below it, the gap to centralized and the traffic."""
+    panels: list[tuple[str, list[Curve], Callable[[float], str]]] = [
+        (
+            "Gap to centralized, % after each round",
+            gap_curves(summary),
+            lambda value: text.percent(value, signed=True),
+        ),
+        (
+            "Traffic, cumulative MB on the wire",
+            traffic_curves(summary),
+            lambda value: text.megabytes(value * 1e6),
+        ),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    with _style():
+        figure = _figure(6.9 if panels else 4.6)
+        grid = figure.add_gridspec(
+            2 if panels else 1,
+            max(len(panels), 1),
+            height_ratios=[1.75, 1] if panels else None,
+            hspace=0.42,
+            wspace=0.5,
+        )
+        axes = figure.add_subplot(grid[0, :])
+        _draw(axes, loss_curves(summary), text.loss, _x_title(summary))
+        _start_label(axes, summary)
+        for column, (title, curves, y_text) in enumerate(panels):
+            axes = figure.add_subplot(grid[1, column])
+            _draw(axes, curves, y_text, "round")
+            axes.set_title(title, pad=10)
+            axes.axhline(0, color=SOFT, linewidth=0.8)
+        _titles(figure, headline(summary), "Held-out loss; the same rows for every arm")
+        return _save(figure, path)
+
+
+def draw_compare(summaries: Sequence[Summary], path: str | Path) -> Path:
+    """One federated curve per run."""
+    with _style():
+        figure = _figure(4.9)
+        curves = compare_curves(summaries)
+        longest = max((len(curve.label) for curve in curves), default=0)
+        figure.subplots_adjust(right=1 - (0.85 + 0.08 * longest) / WIDTH_IN)
+        titles = {_x_title(summary) for summary in summaries}
+        _draw(
+            figure.add_subplot(),
+            curves,
+            text.loss,
+            titles.pop() if len(titles) == 1 else "samples seen, or rounds",
+        )
+        runs = f"{len(summaries)} run{'' if len(summaries) == 1 else 's'}"
+        _titles(figure, f"Held-out loss of {runs}", "Federated arm; bands span the seeds")
+        return _save(figure, path)
+
+
+def _style() -> Any:
+    from matplotlib import rc_context
+
+    return rc_context(STYLE)
+
+
+def _figure(height_in: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DRAFT_DPI)
+    FigureCanvasAgg(figure)  # no pyplot: nothing global is opened or chosen
+    top = 1 - 0.85 / height_in
+    figure.subplots_adjust(left=0.075, right=0.76, top=top, bottom=0.62 / height_in)
+    return figure
+
+
+def _titles(figure: Figure, title: str, subtitle: str) -> None:
+    height = float(figure.get_figheight())
+    figure.text(0.03, 1 - 0.36 / height, title, fontsize=14, fontweight="bold", color=INK)
+    figure.text(0.03, 1 - 0.61 / height, subtitle, color=SOFT)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    figure.savefig(path, dpi=DPI, facecolor="white", format="png")
+    return Path(path)
+
+
+def _x_title(summary: Summary) -> str:
+    counted = last(summary.federated.mean.samples) is not None
+    return "samples seen, all clients together" if counted else "round"
+
+
+def _draw(
+    axes: Axes, curves: Sequence[Curve], y_text: Callable[[float], str], x_title: str
+) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for curve in reversed(curves):
+        _draw_curve(axes, curve)
+    axes.margins(x=0.0, y=0.09)
+    axes.set_xlabel(x_title)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.compact(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_axisbelow(True)
+    _end_labels(axes, curves, y_text)
+
+
+def _draw_curve(axes: Axes, curve: Curve) -> None:
+    color = PALETTE[curve.tone][0]
+    size = min(len(curve.x), len(curve.y))
+    x, y = _floats(curve.x[:size]), _floats(curve.y[:size])
+    if curve.low and curve.high:
+        band = min(size, len(curve.low), len(curve.high))
+        low, high = _floats(curve.low[:band]), _floats(curve.high[:band])
+        axes.fill_between(x[:band], low, high, color=color, alpha=0.14, linewidth=0)
+    ours = curve.tone == "federated" and not curve.dashed
+    axes.plot(
+        x,
+        y,
+        color=color,
+        linewidth=2.4 if ours else 1.7,
+        linestyle=(0, (4, 3)) if curve.dashed else "-",
+        marker="o" if size <= 40 and not curve.dashed else "",
+        markersize=4.2,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        clip_on=False,
+        zorder=3 if ours else 2,
+    )
+
+
+def _end_labels(axes: Axes, curves: Sequence[Curve], y_text: Callable[[float], str]) -> None:
+    """Name and final value right of each line, moved apart where they would touch."""
+    ends = [(curve, value) for curve in curves if (value := last(curve.y)) is not None]
+    if not ends:
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=SOFT)
+        return
+    low, high = axes.get_ylim()
+    box = axes.get_window_extent()
+    width, height = box.width * 72 / DRAFT_DPI, box.height * 72 / DRAFT_DPI  # points
+    wanted = [(value - low) / (high - low) * height for _, value in ends]
+    for (curve, value), place in zip(ends, spread_out(wanted, 15, 0, height), strict=True):
+        known = [x for x, y in zip(curve.x, curve.y, strict=False) if None not in (x, y)]
+        axes.annotate(
+            f"{y_text(value)}  {curve.label}",
+            xy=(known[-1] or 0.0, value),
+            xytext=(width + 14, place),
+            textcoords="axes points",
+            va="center",
+            color=INK,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": PALETTE[curve.tone][0],
+                "linewidth": 1.2,
+                "linestyle": "-" if known[-1] == axes.get_xlim()[1] else ":",  # a shorter run
+                "relpos": (0, 0.5),
+                "shrinkA": 2,
+                "shrinkB": 4,
+            },
+        )
+
+
+def _start_label(axes: Axes, summary: Summary) -> None:
+    first = summary.federated.mean.eval_loss[0]
+    if first is not None:
+        axes.annotate(
+            f"untuned {text.loss(first)}",
+            xy=(axes.get_xlim()[0], first),
+            xytext=(6, 7),
+            textcoords="offset points",
+            color=SOFT,
+        )
+
+
+def _floats(values: Values) -> list[float]:
+    return [float("nan") if value is None else value for value in values]

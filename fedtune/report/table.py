@@ -1,0 +1,78 @@
+"""The end of a run on a terminal: one table, and the verdict in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedtune.report import text
+from fedtune.report.records import Summary
+from fedtune.report.verdict import arm_rows, checks, gaps, headline, metric_names, spread_text
+
+__all__ = ["comparison_table", "verdict_lines"]
+
+COLUMNS = ("arm", "eval loss before", "final", "best (round)", "samples", "MB up", "down", "s")
+
+
+def comparison_table(summary: Summary) -> str:
+    """One line per arm; figures are right-aligned and a dash is a missing number."""
+    arms = arm_rows(summary)
+    metrics = metric_names(arms)
+    rows = [(*COLUMNS, *metrics)]
+    for row in arms:
+        best = f"{text.loss(row.best)} ({row.best_round})" if row.best_round else text.DASH
+        rows.append(
+            (
+                row.label,
+                text.loss(row.before),
+                text.loss(row.final),
+                best,
+                text.count(row.samples),
+                text.megabytes(row.bytes_up),
+                text.megabytes(row.bytes_down),
+                text.seconds(row.wall_s),
+                *(text.loss(row.metrics.get(name)) for name in metrics),
+            )
+        )
+    return _aligned(rows)
+
+
+def verdict_lines(summary: Summary) -> list[str]:
+    """What the comparison shows, one finding a line, each with its numbers."""
+    final = text.loss(arm_rows(summary)[0].final)
+    lines = []
+    for gap in gaps(summary):
+        other = text.loss(gap.other)
+        size = text.percent(gap.spread.mean, signed=True)
+        spread = f"({spread_text(gap.spread, summary.seeds)})"
+        if gap.arm == "local":
+            lines.append(f"federated {final} vs local only {other}: gain {size} {spread}")
+        else:
+            name = gap.arm.replace("_", " ")
+            lines.append(
+                f"federated {final} vs {name} {other} at equal samples: gap {size} {spread}"
+            )
+    found = [f"{check.title}: {check.words}" for check in checks(summary)]
+    return [*(lines or [headline(summary)]), *found, *_cost(summary)]
+
+
+def _cost(summary: Summary) -> list[str]:
+    ratio, times = summary.verdict.bytes_ratio_full, summary.verdict.time_split
+    lines = []
+    if ratio is not None:
+        lines.append(f"bytes: {text.percent(100 * ratio)} of exchanging the full model")
+    if whole := sum(times.values()):
+        parts = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in times.items())
+        lines.append(f"time: {parts}")
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

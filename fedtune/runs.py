@@ -1,0 +1,95 @@
+"""A whole run: every seed federated and compared, then the summary and the report."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedtune.client.worker import BuildModel, BuildTrainer
+from fedtune.compare.arms import ArmInput, run_arm
+from fedtune.compare.series import of_history
+from fedtune.compare.summary import build_summary
+from fedtune.config import Arguments
+from fedtune.data import format_table
+from fedtune.data.silos import Silos
+from fedtune.federate import federate, federate_control
+from fedtune.files import read_json, write_json
+from fedtune.prepare import Prepared, load_silos, prepare
+from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
+from fedtune.report.plots import draw_loss
+
+__all__ = ["run_seeds"]
+
+
+def run_seeds(
+    args: Arguments, directory: Path, build_model: BuildModel, build_trainer: BuildTrainer
+) -> dict[str, Any]:
+    """Run every seed into `directory` (several: into `directory/seeds/<s>`); returns the summary."""
+    silos = load_silos(args)
+    seeds, results = args.seeds, []
+    for seed in seeds:
+        seed_dir = directory if len(seeds) == 1 else directory / "seeds" / str(seed)
+        seed_dir.mkdir(parents=True, exist_ok=True)
+        prepared = prepare(args, seed, silos, seed_dir / "clients", build_model, build_trainer)
+        if seed == seeds[0]:
+            print(format_table(prepared.clients), flush=True)
+        if len(seeds) > 1:
+            print(f"seed {seed}", flush=True)
+        results.append(_run_seed(args, prepared, seed_dir))
+        if len(seeds) > 1:
+            _write(args, results[-1:], prepared, seed_dir)
+    summary = _write(args, results, prepared, directory)
+    if len(seeds) > 1:
+        _copy_adapters(directory / "seeds" / str(seeds[0]), directory)
+    loaded = load_summary(directory)
+    print(comparison_table(loaded))
+    print("\n".join(verdict_lines(loaded)))
+    print(f"report: {directory / 'report.html'}")
+    return summary
+
+
+def _run_seed(args: Arguments, prepared: Prepared, directory: Path) -> dict[str, Any]:
+    worker = prepared.worker
+    first, last = federate(worker.args, worker, directory)
+    result: dict[str, Any] = {"federated": _federated(last.history)}
+    given = ArmInput(
+        args=worker.args,
+        worker=worker,
+        start=first,
+        history=last.history,
+        directory=directory / "arms",
+        federate=partial(federate_control, worker.args),
+    )
+    for name in args.arms:
+        done = given.directory / name / "result.json"
+        if not (args.run.resume and done.is_file()):
+            result_of_arm = run_arm(name, given)
+            done.parent.mkdir(parents=True, exist_ok=True)
+            write_json(done, result_of_arm)
+        result[name] = read_json(done)
+    return result
+
+
+def _federated(history: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**of_history(history), "time": [record["time"] for record in history]}
+
+
+def _write(
+    args: Arguments, results: list[dict[str, Any]], prepared: Prepared, directory: Path
+) -> dict[str, Any]:
+    """Summary, picture and report of one seed or of all."""
+    summary = build_summary(
+        args, results, clients=prepared.clients, model_bytes=prepared.model_bytes
+    )
+    write_json(directory / "summary.json", summary)
+    draw_loss(load_summary(directory), directory / "loss.png")
+    write_report(directory)
+    return summary
+
+
+def _copy_adapters(source: Path, target: Path) -> None:
+    for name in ("adapter", "model", "best"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)

@@ -1,0 +1,213 @@
+"""The round loop: ask, fold, evaluate, make durable; retry what failed, end when it keeps failing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord
+
+from fedtune.errors import RoundError
+from fedtune.server.checkpoint import ServerState
+from fedtune.strategies.shell import FedStrategy, Outcome, needed_replies
+from fedtune.transport.grid import EagerGrid, Traffic
+from fedtune.transport.messages import RoundTask
+from fedtune.transport.records import params_of, to_arrays
+
+__all__ = ["Plan", "RoundHook", "run_rounds"]
+
+log = logging.getLogger(__name__)
+
+RoundHook = Callable[[ServerState, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        run: id of the run.
+        steps: optimizer steps of a client per round, or 0 when `epochs` counts.
+        epochs: passes of a client over its rows per round, or 0.
+        carry: whether clients keep optimizer, scheduler, RNG and data position.
+        max_failed_rounds: failures of one round that are retried; one more ends the run.
+    """
+
+    run: str
+    num_rounds: int
+    steps: int
+    epochs: float
+    carry: bool
+    seed: int
+    round_timeout_s: float = 3600.0
+    max_failed_rounds: int = 2
+
+
+def run_rounds(
+    grid: EagerGrid,
+    strategy: FedStrategy,
+    plan: Plan,
+    state: ServerState,
+    on_round: RoundHook,
+) -> ServerState:
+    """Run the rounds after `state.round` up to `plan.num_rounds`.
+
+    `on_round(state, record)` is called after the evaluation of every round, index 0 included when
+    `state` has no history yet. Raises RoundError when one round fails too often; the last good
+    state has then been handed to `on_round` already.
+    """
+    strategy.method_state = state.method_state
+    arrays = to_arrays(state.params)
+    if not state.history:
+        first = _first_record(grid, strategy, arrays, plan)
+        state.history.append(first)
+        on_round(state, first)
+    for number in range(state.round + 1, plan.num_rounds + 1):
+        arrays, record = _run_round(grid, strategy, plan, state, number, arrays)
+        state.round = number
+        state.params = params_of(arrays)
+        state.method_state = strategy.method_state
+        state.client_rounds.update(dict.fromkeys(strategy.outcome.accepted, number))
+        if not state.best or record["eval_loss"] < state.best["eval_loss"]:
+            state.best = {"round": number, "eval_loss": record["eval_loss"]}
+        state.history.append(record)
+        on_round(state, record)
+    return state
+
+
+def _first_record(
+    grid: EagerGrid, strategy: FedStrategy, arrays: ArrayRecord, plan: Plan
+) -> dict[str, Any]:
+    traffic, started = grid.traffic, time.perf_counter()
+    metrics, evaluate_s = _evaluate(grid, strategy, plan, 0, arrays)
+    return {
+        "round": 0,
+        **_split_metrics(metrics),
+        "train_loss": None,
+        "samples": 0,
+        "tokens": 0,
+        **_bytes(traffic),
+        "wall_s": round(time.perf_counter() - started, 4),
+        "time": {"train": 0.0, "wait": 0.0, "codec": 0.0, "aggregate": 0.0, "evaluate": evaluate_s},
+    }
+
+
+def _run_round(
+    grid: EagerGrid,
+    strategy: FedStrategy,
+    plan: Plan,
+    state: ServerState,
+    number: int,
+    arrays: ArrayRecord,
+) -> tuple[ArrayRecord, dict[str, Any]]:
+    started, traffic = time.perf_counter(), Traffic()
+    failures: list[dict[str, Any]] = []
+    while True:
+        attempt = len(failures) + 1
+        grid.traffic, grid.wait_s = Traffic(), 0.0
+        strategy.tasks = _tasks(strategy, plan, state, number, attempt)
+        replies = grid.send_and_receive(
+            strategy.configure_train(number, arrays, ConfigRecord(), grid.grid),
+            timeout=plan.round_timeout_s,
+        )
+        new, _ = strategy.aggregate_train(number, replies)
+        outcome = strategy.outcome
+        traffic.down += grid.traffic.down
+        traffic.up += grid.traffic.up
+        if new is not None:
+            break
+        failures.append(_failure(strategy, outcome))
+        log.warning("round %d, attempt %d failed: %s", number, attempt, failures[-1]["reason"])
+        if len(failures) > plan.max_failed_rounds:
+            raise RoundError(
+                f"round {number} failed {len(failures)} times: {failures[-1]['reason']}; the last "
+                "good adapter is in place. Fix the clients, or allow fewer with --min_replies."
+            )
+    wait_s = max(0.0, grid.wait_s - outcome.train_s)
+    metrics, evaluate_s = _evaluate(grid, strategy, plan, number, new)
+    last = state.history[-1]
+    return new, {
+        "round": number,
+        "attempt": attempt,
+        **_split_metrics(metrics),
+        "train_loss": outcome.train_loss,
+        "samples": last["samples"] + outcome.total("examples"),
+        "tokens": last["tokens"] + outcome.total("tokens"),
+        **_bytes(traffic),
+        "wall_s": round(time.perf_counter() - started, 4),
+        "replies": outcome.replies,
+        "refused": [asdict(refusal) for refusal in outcome.refused],
+        "failed_attempts": failures,
+        "update_norm": outcome.update_norm,
+        "client_drift": outcome.client_drift,
+        "time": {
+            "train": round(outcome.train_s, 4),
+            "wait": round(wait_s, 4),
+            "codec": 0.0,
+            "aggregate": round(outcome.aggregate_s, 4),
+            "evaluate": evaluate_s,
+        },
+    }
+
+
+def _tasks(
+    strategy: FedStrategy, plan: Plan, state: ServerState, number: int, attempt: int
+) -> dict[str, RoundTask]:
+    return {
+        name: RoundTask(
+            run=plan.run,
+            round=number,
+            num_rounds=plan.num_rounds,
+            attempt=attempt,
+            manifest=strategy.manifest.hash,
+            steps=plan.steps,
+            epochs=plan.epochs,
+            carry=plan.carry,
+            seed=plan.seed,
+            resume_round=state.client_rounds.get(name, 0),
+            keep_rounds=state.keep_rounds(name),
+        )
+        for name in strategy.sample(number, attempt)
+    }
+
+
+def _evaluate(
+    grid: EagerGrid, strategy: FedStrategy, plan: Plan, number: int, arrays: ArrayRecord
+) -> tuple[dict[str, float], float]:
+    # Scoring the pooled held-out set is the coordinator's own work, so its bytes are not traffic.
+    traffic, wait_s, started = grid.traffic, grid.wait_s, time.perf_counter()
+    grid.traffic = Traffic()
+    messages = strategy.configure_evaluate(number, arrays, ConfigRecord(), grid.grid)
+    replies = grid.send_and_receive(messages, timeout=plan.round_timeout_s)
+    metrics = strategy.aggregate_evaluate(number, replies)
+    grid.traffic, grid.wait_s = traffic, wait_s
+    plain = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+    if "eval_loss" not in plain:
+        raise RoundError(f"evaluation of round {number}: expected a finite eval_loss, got none.")
+    return plain, round(time.perf_counter() - started, 4)
+
+
+def _split_metrics(metrics: dict[str, float]) -> dict[str, Any]:
+    others = {key: value for key, value in metrics.items() if key != "eval_loss"}
+    return {"eval_loss": metrics["eval_loss"], "eval_metrics": others}
+
+
+def _bytes(traffic: Traffic) -> dict[str, int]:
+    return {
+        "bytes_up": traffic.up,
+        "bytes_down": traffic.down,
+        "bytes_up_raw": traffic.up,
+        "bytes_down_raw": traffic.down,
+    }
+
+
+def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:
+    needed = needed_replies(strategy.min_replies, len(outcome.asked))
+    reasons = "; ".join(f"{item.client}: {item.reason}" for item in outcome.refused[:3])
+    return {
+        "reason": f"{len(outcome.replies)} of {needed} needed updates ({reasons})",
+        "refused": [asdict(refusal) for refusal in outcome.refused],
+    }

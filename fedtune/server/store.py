@@ -1,0 +1,65 @@
+"""What a federated run leaves on disk as it goes: rounds.jsonl, adapter/, best/, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedtune.adapters import FULL, export_adapter
+from fedtune.errors import RoundError
+from fedtune.files import append_line, write_text
+from fedtune.server import checkpoint
+from fedtune.server.checkpoint import ServerState
+
+__all__ = ["RunStore"]
+
+
+class RunStore:
+    """Writes after every round, so that what is there is always the last good round.
+
+    The adapter is written before the server state: a run killed in between repeats that round and
+    writes the same adapter again.
+    """
+
+    def __init__(self, directory: Path, *, num_rounds: int, save_every_rounds: int) -> None:
+        self._directory = directory
+        self._num_rounds = num_rounds
+        self._save_every_rounds = save_every_rounds
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self._directory / "checkpoints"
+
+    def load(self) -> ServerState | None:
+        """The last durable state; rounds.jsonl is cut back to it."""
+        state = checkpoint.load_latest(self._checkpoints)
+        lines = [json.dumps(record) for record in state.history[1:]] if state else []
+        write_text(self._directory / "rounds.jsonl", "".join(line + "\n" for line in lines))
+        return state
+
+    def first(self) -> ServerState:
+        """The state before training, which every other arm starts from too."""
+        state = checkpoint.load_latest(self._checkpoints / "start")
+        if state is None:
+            raise RoundError(f"expected the first state in {self._checkpoints / 'start'}, found none.")
+        return state
+
+    def on_round(self, state: ServerState, record: dict[str, Any]) -> None:
+        """Keep the outcome of a finished round (or of round 0, before training)."""
+        kind = "model" if state.manifest.peft_type == FULL else "adapter"
+        self.export(self._directory / kind, state.params, state)
+        if state.best.get("round") == state.round and state.round:
+            self.export(self._directory / "best", state.params, state)
+        if not state.round:
+            checkpoint.save(self._checkpoints / "start", state)
+        else:
+            append_line(self._directory / "rounds.jsonl", json.dumps(record, allow_nan=False))
+        if state.round % self._save_every_rounds == 0 or state.round == self._num_rounds:
+            checkpoint.save(self._checkpoints, state)
+
+    def export(self, directory: Path, params: dict[str, Tensor], state: ServerState) -> None:
+        """Write a PEFT (or full-model) checkpoint."""
+        export_adapter(directory, params, state.static, state.manifest)

@@ -1,0 +1,95 @@
+"""Every update is checked before it is folded; a bad one is refused by node and reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flwr.app import Message
+from torch import Tensor
+
+from fedtune.adapters import Manifest, check
+from fedtune.errors import ManifestError
+from fedtune.strategies import ClientStats
+from fedtune.transport.records import config_of, metrics_of, params_of
+
+__all__ = ["Refusal", "Update", "UpdateRefusedError", "read_update"]
+
+
+class UpdateRefusedError(Exception):
+    """The update cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Whose update was refused, and why."""
+
+    node: int
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's checked reply."""
+
+    client: str
+    params: dict[str, Tensor]
+    stats: ClientStats
+    train_loss: float | None
+    train_s: float
+
+
+def read_update(message: Message, manifest: Manifest, server_round: int) -> Update:
+    """Decode and check one reply; raises UpdateRefusedError with the reason."""
+    if message.has_error():
+        raise UpdateRefusedError(f"client failed: {one_line(message.error.reason)}")
+    config, metrics = config_of(message.content), metrics_of(message.content)
+    if config.get("round") != server_round:
+        raise UpdateRefusedError(
+            f"stale: expected round {server_round}, received {config.get('round')!r}"
+        )
+    if config.get("manifest") != manifest.hash:
+        raise UpdateRefusedError(
+            f"other adapter: expected manifest {manifest.hash[:12]}, "
+            f"received {str(config.get('manifest'))[:12]}"
+        )
+    arrays = message.content.array_records.get("arrays")
+    if not arrays:
+        raise UpdateRefusedError("empty: expected parameters, received none")
+    try:
+        params = params_of(arrays)
+        check(params, manifest)
+    except ManifestError as error:
+        raise UpdateRefusedError(one_line(str(error))) from None
+    stats = ClientStats(
+        num_examples=_count(metrics.get("num-examples"), "num-examples"),
+        num_tokens=_count(metrics.get("num-tokens"), "num-tokens"),
+        num_steps=_count(metrics.get("num-steps"), "num-steps"),
+    )
+    return Update(
+        client=str(config.get("client", message.metadata.src_node_id)),
+        params=params,
+        stats=stats,
+        train_loss=finite_or_none(metrics.get("train-loss")),
+        train_s=finite_or_none(metrics.get("train-s")) or 0.0,
+    )
+
+
+def finite_or_none(value: object) -> float | None:
+    """The number, or None when it is missing, NaN or infinite."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def one_line(text: str | None, limit: int = 300) -> str:
+    """Text folded into one line of at most `limit` characters."""
+    folded = " ".join((text or "no reason given").split())
+    return folded if len(folded) <= limit else folded[: limit - 1] + "…"
+
+
+def _count(value: object, name: str) -> int:
+    if not isinstance(value, int) or not 0 < value < 2**53:
+        raise UpdateRefusedError(f"{name}: expected a positive whole number, received {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""How parameters travel: records, and decorators of Flower's grid."""

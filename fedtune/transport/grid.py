@@ -1,0 +1,75 @@
+"""The eager grid: a decorator of Flower's `Grid` that hands out each reply as it arrives.
+
+Flower's own `send_and_receive` keeps every reply in a list and sleeps seconds between polls. Here a
+reply is yielded, folded by the caller and dropped, so server memory does not grow with clients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.transport.records import count_bytes
+
+__all__ = ["EagerGrid", "Traffic"]
+
+POLL_INTERVAL_S = 0.05
+
+
+@dataclass
+class Traffic:
+    """Bytes of the records that left (`down`) and arrived (`up`), as encoded on the wire."""
+
+    down: int = 0
+    up: int = 0
+
+
+class EagerGrid:
+    """Sends messages through `grid` and yields replies one by one.
+
+    `traffic` counts bytes since it was last replaced.
+    """
+
+    def __init__(self, grid: Grid, poll_interval_s: float = POLL_INTERVAL_S) -> None:
+        self.grid = grid
+        self.poll_interval_s = poll_interval_s
+        self.traffic = Traffic()
+        self.wait_s = 0.0
+
+    def get_node_ids(self) -> list[int]:
+        """Ids of the connected nodes, sorted."""
+        return sorted(self.grid.get_node_ids())
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Push all messages, then yield replies as they arrive.
+
+        Ends when every message is answered or after `timeout` seconds; who has not answered by
+        then is for the caller to work out from the node ids of the replies.
+        """
+        outgoing = list(messages)
+        self.traffic.down += sum(count_bytes(message.content) for message in outgoing)
+        pending = set(self.grid.push_messages(outgoing))
+        del outgoing
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while pending:
+            started = time.monotonic()
+            replies = list(self.grid.pull_messages(pending))
+            self.wait_s += time.monotonic() - started
+            while replies:
+                reply = replies.pop(0)
+                pending.discard(reply.metadata.reply_to_message_id)
+                if reply.has_content():
+                    self.traffic.up += count_bytes(reply.content)
+                yield reply
+                del reply
+            if pending and deadline is not None and time.monotonic() > deadline:
+                return
+            if pending and time.monotonic() - started < self.poll_interval_s:
+                time.sleep(self.poll_interval_s)
+                self.wait_s += self.poll_interval_s

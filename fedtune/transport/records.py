@@ -1,0 +1,86 @@
+"""Parameters and plain values as Flower records.
+
+fp32, fp16, fp64 and integers travel as Flower's own numpy arrays, so that stock strategies can read
+them. bf16, which numpy lacks, travels as raw bytes: `Array("bfloat16", shape, "fedtune.raw", data)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedtune.errors import ManifestError
+
+__all__ = ["RAW_STYPE", "config_of", "count_bytes", "metrics_of", "params_of", "to_arrays"]
+
+RAW_STYPE = "fedtune.raw"
+ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
+
+
+def to_arrays(params: Mapping[str, Tensor]) -> ArrayRecord:
+    """Encode CPU tensors of any shape; bf16 as raw bytes, everything else as numpy arrays."""
+    return ArrayRecord({name: _to_array(tensor) for name, tensor in params.items()})
+
+
+def params_of(record: ArrayRecord) -> dict[str, Tensor]:
+    """Decode every array; raises ManifestError that names an array which is not what it says."""
+    return {name: _to_tensor(name, array) for name, array in record.items()}
+
+
+def config_of(content: RecordDict) -> ConfigRecord:
+    """The config record of a message; empty when there is none."""
+    return content.config_records.get(CONFIG, ConfigRecord())
+
+
+def metrics_of(content: RecordDict) -> MetricRecord:
+    """The metrics record of a message; empty when there is none."""
+    return content.metric_records.get(METRICS, MetricRecord())
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Bytes of all records of a message: array payloads, names and scalars (8 bytes each)."""
+    arrays = sum(
+        len(name) + len(array.data)
+        for record in content.array_records.values()
+        for name, array in record.items()
+    )
+    scalars = sum(
+        len(name) + _scalar_bytes(value)
+        for record in (*content.metric_records.values(), *content.config_records.values())
+        for name, value in record.items()
+    )
+    return arrays + scalars
+
+
+def _scalar_bytes(value: object) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, list):
+        return sum(_scalar_bytes(item) for item in value)
+    return 8
+
+
+def _to_array(tensor: Tensor) -> Array:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        data = tensor.view(torch.int16).numpy().tobytes()
+        return Array("bfloat16", tuple(tensor.shape), RAW_STYPE, data)
+    return Array(tensor.numpy())
+
+
+def _to_tensor(name: str, array: Array) -> Tensor:
+    try:
+        if array.stype != RAW_STYPE:
+            return torch.from_numpy(array.numpy())
+        if array.dtype != "bfloat16":
+            raise ValueError(f"unknown raw dtype {array.dtype!r}")
+        flat = torch.frombuffer(bytearray(array.data), dtype=torch.bfloat16)
+        return flat.reshape(tuple(array.shape))
+    except (TypeError, ValueError, EOFError, OSError, RuntimeError) as error:
+        raise ManifestError(
+            f"{name}: expected a tensor of dtype {array.dtype} and shape {tuple(array.shape)}, "
+            f"received {len(array.data)} bytes that do not decode ({error}); send it again."
+        ) from None

@@ -1,0 +1,44 @@
+"""Federated instruction or text tuning with LoRA, DoRA, IA3 or QLoRA.
+
+python recipes/lora_sft.py                                     # the model and corpus in the package
+python recipes/lora_sft.py --compare all --seeds 1,2,3
+python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl --num_clients 4
+"""
+
+from trl import SFTTrainer
+
+import fedtune
+from fedtune.adapters import attach_adapter, load_base
+from fedtune.data import as_language_rows, check_lengths, context_length, token_lengths
+
+
+def build_model(args):
+    """Base model with its adapter, and the tokenizer; once per process."""
+    model, tokenizer = load_base(args.model, task="causal_lm")
+    return attach_adapter(model, args.adapter, "causal_lm", args.training.seed), tokenizer
+
+
+def build_trainer(args, model, tokenizer, train, evaluation):
+    """A trl SFTTrainer over one client's rows."""
+
+    def rows_of(silo, where):
+        rows = as_language_rows(silo, args.data, tokenizer)
+        check_lengths(
+            token_lengths(rows, tokenizer),
+            max_length=args.training.max_length,
+            context=context_length(model.config),
+            where=where,
+        )
+        return rows
+
+    return SFTTrainer(
+        model=model,
+        args=args.training,
+        train_dataset=rows_of(train, "training rows"),
+        eval_dataset=None if evaluation is None else rows_of(evaluation, "held-out rows"),
+        processing_class=tokenizer,
+    )
+
+
+if __name__ == "__main__":
+    fedtune.launch(build_model, build_trainer)

@@ -1,0 +1,187 @@
+from dataclasses import dataclass
+
+import pytest
+from trl import SFTConfig
+
+from fedtune import checks
+from fedtune.checks import check_arguments, strategy_settings
+from fedtune.errors import ConfigError
+from fedtune.settings import parse_arguments
+from fedtune.strategies import METHODS, FedAvg
+from fedtune.strategies.base import Properties
+
+
+def check(text):
+    check_arguments(parse_arguments(SFTConfig, text.split()))
+
+
+def message(text):
+    with pytest.raises(ConfigError) as caught:
+        check(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "--num_clients 1 --min_replies 1",
+        "--num_clients 4 --fraction_train 0.5 --min_replies 2",
+        "--min_replies 0.5",
+        "--min_replies 1.0",
+        "--steps_per_round 5",
+        "--epochs_per_round 0.5",
+        "--load_in_4bit",
+        "--partition column --partition_column silo",
+        "--partition dirichlet --partition_column label",
+        "--partition dirichlet",
+        "--peft_method p_tuning --encoder_reparameterization_type LSTM --encoder_hidden_size 64",
+        "--peft_method prefix_tuning --prefix_projection --encoder_hidden_size 64",
+        "--peft_method dora --use_rslora --modules_to_save score",
+        "--seeds 1,2,3 --compare all",
+        "--compare centralized,local",
+        "--client_state reset --compare local",
+    ],
+)
+def test_what_goes_together(text):
+    check(text)
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("num_clients", "0 -1"),
+        ("num_rounds", "0"),
+        ("steps_per_round", "0"),
+        ("epochs_per_round", "0 -1 nan inf"),
+        ("fraction_train", "0 1.1 nan"),
+        ("round_timeout_s", "0 -1 nan inf"),
+        ("max_failed_rounds", "-1"),
+        ("save_every_rounds", "0"),
+        ("eval_fraction", "0 1 nan"),
+        ("partition_alpha", "0 nan"),
+        ("lora_r", "0"),
+        ("lora_alpha", "0"),
+        ("lora_dropout", "1 -0.1 nan"),
+        ("num_virtual_tokens", "0"),
+        ("encoder_hidden_size", "0"),
+        ("max_rows", "1"),
+        ("min_rows", "0"),
+        ("gpus_per_client", "-1 nan"),
+        ("cpus_per_client", "0"),
+        ("learning_rate", "-1 nan"),
+        ("per_device_train_batch_size", "0"),
+        ("gradient_accumulation_steps", "0"),
+        ("seeds", "-1 4294967296"),
+    ],
+)
+def test_ranges(flag, values):
+    for value in values.split():
+        text = message(f"--{flag} {value}")
+        assert text.startswith(f"--{flag}: expected ")
+        assert "received" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--steps_per_round 5 --epochs_per_round 1", "both set"),
+        ("--min_replies 4", "at most 3, the clients asked"),
+        ("--num_clients 10 --fraction_train 0.2 --min_replies 3", "at most 2"),
+        ("--min_replies 0", "received '0'"),
+        ("--min_replies 0.0", "received '0.0'"),
+        ("--min_replies 1.5", "received '1.5'"),
+        ("--min_replies most", "received 'most'"),
+        ("--min_replies 1e-1", "received '1e-1'"),
+        ("--min_replies nan", "received 'nan'"),
+        ("--seeds 1,2,1", "1 is given twice"),
+        ("--load_in_4bit --load_in_8bit", "both set"),
+        ("--load_in_8bit --peft_method none", "--load_in_8bit with --peft_method none"),
+        ("--use_rslora --peft_method ia3", "--use_rslora needs"),
+        ("--modules_to_save score --peft_method p_tuning", "--modules_to_save does not go"),
+        ("--modules_to_save score --peft_method none", "--modules_to_save does not go"),
+        ("--prefix_projection", "--prefix_projection needs"),
+        ("--encoder_reparameterization_type LSTM", "needs --peft_method p_tuning"),
+        ("--encoder_hidden_size 7", "--encoder_hidden_size needs"),
+        ("--encoder_hidden_size 7 --peft_method prefix_tuning", "--prefix_projection"),
+        ("--dataset_name a --train_file b", "both set"),
+        ("--partition column", "needs --partition_column"),
+        ("--partition size --partition_column a", "no effect"),
+        ("--partition_column a", "no effect"),
+        ("--train_file no.jsonl", "--train_file: no file no.jsonl"),
+        ("--eval_file no.jsonl", "--eval_file: no file"),
+        ("--init_adapter no", "--init_adapter: no directory"),
+        ("--compare centralised", "Did you mean centralized?"),
+        ("--compare all,local", "`all` stands alone"),
+        ("--compare parity --client_state reset", "--client_state carry"),
+        ("--compare all --client_state reset", "--client_state carry"),
+        ("--track tensorbord", "Did you mean tensorboard?"),
+        ("--strategy fedavgg", "Did you mean fedavg?"),
+        ("--strategy fedavg+", "unknown method ''"),
+        ("--strategy fedavg+fedavg", "combines with no other method"),
+        ("--strategy_args mu=0.1", "'mu' is no setting of fedavg"),
+        ("--strategy_args mu", "expected name=number"),
+        ("--gpus_per_client 0.5", "Use --engine ray"),
+        ("--cpus_per_client 2", "Use --engine ray"),
+        ("--resume --overwrite", "both set"),
+    ],
+)
+def test_what_does_not(text, expected):
+    assert expected in message(text)
+
+
+def test_files_that_exist_pass(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    check(f"--train_file {file} --eval_file {file} --init_adapter {tmp_path}")
+
+
+def test_sharded_training_is_refused():
+    args = parse_arguments(SFTConfig, [])
+    args.training.fsdp = True
+    with pytest.raises(ConfigError, match="--fsdp"):
+        check_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("text", "package", "extra"),
+    [("--engine ray", "ray", "ray"), ("--track wandb,tensorboard", "tensorboard", "tracking")],
+)
+def test_missing_packages(monkeypatch, text, package, extra):
+    monkeypatch.setattr(checks, "_installed", lambda name: name != package)
+    assert f"pip install 'fedtune[{extra}]'" in message(text)
+    monkeypatch.setattr(checks, "_installed", lambda name: True)
+    check(text)
+
+
+def test_resume_needs_a_durable_engine(monkeypatch):
+    monkeypatch.setattr(checks, "_installed", lambda name: True)
+    assert "--engine inline" in message("--engine ray --resume")
+
+
+def test_methods_of_one_axis_do_not_combine(monkeypatch):
+    @dataclass(frozen=True)
+    class Correction(FedAvg):
+        mu: float = 0.1
+        properties = Properties(axis="correction", client_state=True)
+
+    @dataclass(frozen=True)
+    class ServerStep(FedAvg):
+        beta: float = 0.9
+        properties = Properties(axis="server_optimizer")
+
+    for name, cls in (("prox", Correction), ("scaf", Correction), ("adam", ServerStep)):
+        monkeypatch.setitem(METHODS, name, cls)
+    check("--strategy prox+adam --strategy_args mu=1,beta=0.5")
+    assert "second correction" in message("--strategy prox+scaf")
+    assert "Did you mean beta?" in message("--strategy prox+adam --strategy_args betta=0.5")
+    assert "--client_state carry" in message("--strategy scaf --client_state reset")
+
+
+def test_strategy_settings():
+    assert strategy_settings(None) == {}
+    assert strategy_settings(" mu = 1e-2 , tau=5 ") == {"mu": 0.01, "tau": 5.0}
+    for text in ("mu", "mu=", "=1", "mu=x", "mu=nan", "mu=1,mu=2"):
+        with pytest.raises(ConfigError, match="--strategy_args"):
+            strategy_settings(text)

@@ -7,14 +7,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedtune.launch import launch
+    from fedtune.launcher import launch
 
 __all__ = ["__version__", "launch"]
 
 __version__ = version("fedtune")
 
 # `import fedtune` and `fedtune --help` stay quick: names are loaded when they are used.
-_HOMES = {"launch": "fedtune.launch"}
+_HOMES = {"launch": "fedtune.launcher"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,9 @@ def federate(args: Arguments, worker: Worker, directory: Path) -> tuple[ServerSt
 
 def federate_control(args: Arguments, worker: Worker, method: str, directory: Path) -> ServerState:
     """A federation in this process that leaves nothing but its last state."""
-    control = FixedGlobal() if method == "fixed_global" else build_method(method, weight_by="tokens")
+    control = (
+        FixedGlobal() if method == "fixed_global" else build_method(method, weight_by="tokens")
+    )
     with Progress(args.federation.num_rounds, directory.name) as progress:
 
         def on_round(state: ServerState, record: dict[str, Any]) -> None:
@@ -92,9 +94,7 @@ def plan_of(args: Arguments) -> Plan:
     )
 
 
-def _server_run(
-    args: Arguments, worker: Worker, method: Method, on_round: RoundHook
-) -> ServerRun:
+def _server_run(args: Arguments, worker: Worker, method: Method, on_round: RoundHook) -> ServerRun:
     init_adapter = args.adapter.init_adapter
     return ServerRun(
         method=method,

@@ -47,7 +47,7 @@ def prepare(
     build_model: BuildModel,
     build_trainer: BuildTrainer,
 ) -> Prepared:
-    """Build the model and every client's Trainer, so that what cannot work is known before training."""
+    """Build the model and every client's Trainer: what cannot work is known before training."""
     worker = Worker(
         build_model,
         build_trainer,

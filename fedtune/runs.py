@@ -13,7 +13,6 @@ from fedtune.compare.series import of_history
 from fedtune.compare.summary import build_summary
 from fedtune.config import Arguments
 from fedtune.data import format_table
-from fedtune.data.silos import Silos
 from fedtune.federate import federate, federate_control
 from fedtune.files import read_json, write_json
 from fedtune.prepare import Prepared, load_silos, prepare
@@ -26,7 +25,7 @@ __all__ = ["run_seeds"]
 def run_seeds(
     args: Arguments, directory: Path, build_model: BuildModel, build_trainer: BuildTrainer
 ) -> dict[str, Any]:
-    """Run every seed into `directory` (several: into `directory/seeds/<s>`); returns the summary."""
+    """Run every seed into `directory` (several: `directory/seeds/<s>`); returns the summary."""
     silos = load_silos(args)
     seeds, results = args.seeds, []
     for seed in seeds:

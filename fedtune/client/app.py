@@ -63,7 +63,10 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
         metrics, num_examples = get_worker().evaluate(params)
         content = pack(
             metrics={**metrics, "num-examples": num_examples},
-            config={"client": _name(context), "round": config_of(message.content)["round"]},
+            config={
+                "client": _name(context),
+                "round": int(str(config_of(message.content)["round"])),
+            },
         )
         return Message(content, reply_to=message)
 

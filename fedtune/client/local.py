@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,7 +26,7 @@ from fedtune.client.counter import BatchCounter
 from fedtune.errors import ConfigError
 from fedtune.transport.messages import RoundTask
 
-__all__ = ["LocalResult", "derive_seed", "evaluate", "steps_of", "train_round"]
+__all__ = ["LocalResult", "derive_seed", "evaluate", "model_of", "steps_of", "train_round"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,15 @@ def train_round(
         args.data_seed = seed
         set_seed(seed)
     callback = _RoundCallback(params, manifest, first_step, steps, save=task.carry)
-    counter = BatchCounter(trainer.model, shifted=bool(getattr(trainer, "_loss_shifts_labels", 0)))
+    counter = BatchCounter(
+        model_of(trainer), shifted=bool(getattr(trainer, "_loss_shifts_labels", 0))
+    )
     with _without_weights(trainer), _callback(trainer, callback), counter:
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        output = trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
     result = LocalResult(
-        params=collect(trainer.model),
+        params=collect(model_of(trainer)),
         num_examples=counter.examples,
         num_tokens=counter.tokens,
         num_steps=callback.done,
@@ -97,11 +101,17 @@ def evaluate(trainer: Trainer, params: dict[str, Tensor], manifest: Manifest) ->
 
     The RNG is put back, so that evaluating does not change the training that follows.
     """
-    load(trainer.model, params, manifest)
+    load(model_of(trainer), params, manifest)
     with torch.random.fork_rng():
         metrics = trainer.evaluate()
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     return {key: float(value) for key, value in numbers.items() if not _is_timing(key)}
+
+
+def model_of(trainer: Trainer) -> nn.Module:
+    """The live model, which a Trainer may in principle lack."""
+    assert trainer.model is not None
+    return trainer.model
 
 
 def steps_of(trainer: Trainer, epochs: float) -> int:

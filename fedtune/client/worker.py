@@ -1,4 +1,4 @@
-"""One process's share of a simulation: the base model once, and one Trainer per client around it."""
+"""One process's share of a simulation: the base model once, one Trainer per client around it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 
-from fedtune.adapters import Manifest, collect, collect_static, load_static
-from fedtune.adapters.describe import describe
+from fedtune.adapters import Manifest, collect, collect_static, describe, load_static
 from fedtune.client.local import LocalResult, evaluate, train_round
 from fedtune.config import Arguments
 from fedtune.errors import ManifestError
@@ -113,7 +112,7 @@ class Worker:
             raise ManifestError(
                 f"this client's adapter differs from the global one: expected "
                 f"{manifest.peft_type} {manifest.hash[:12]}, built {self.manifest.peft_type} "
-                f"{self.manifest.hash[:12]}; use the same base model and adapter settings everywhere."
+                f"{self.manifest.hash[:12]}; use the same model and adapter settings everywhere."
             )
         if static:
             self.work_dir.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from fedtune.adapters import export_adapter
 from fedtune.client.local import steps_of
 from fedtune.client.worker import Worker
 from fedtune.compare.plain import PlainRun, run_plain, steps_for_samples
-from fedtune.compare.series import mean_series, of_history
+from fedtune.compare.series import SeriesDict, mean_series, of_history
 from fedtune.compare.verdict import first_difference
 from fedtune.config import Arguments
 from fedtune.report.progress import Progress
@@ -75,7 +75,8 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     training = trainer.args
     marks = [int(record["samples"]) for record in given.history[1:]]
     batch = training.train_batch_size * training.gradient_accumulation_steps
-    steps = steps_for_samples(marks[-1], len(trainer.train_dataset), batch)
+    num_rows = trainer.num_examples(trainer.get_train_dataloader())
+    steps = steps_for_samples(marks[-1], num_rows, batch)
     run = _train(given, name, trainer, max_steps=steps, marks=marks, mark_by="samples")
     _export(given, name, run.params)
     return of_history(run.history)
@@ -83,7 +84,9 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
 
 def _local(given: ArmInput) -> dict[str, Any]:
     worker = _quiet_worker(given, "local")
-    rounds, clients = len(given.history) - 1, []
+    rounds = len(given.history) - 1
+    clients: list[dict[str, Any]] = []
+    series: list[SeriesDict] = []
     best: tuple[float, PlainRun] | None = None
     for client, rows in worker.train.items():
         trainer = worker.new_trainer(rows, worker.evaluation, f"local-{client}")
@@ -94,13 +97,13 @@ def _local(given: ArmInput) -> dict[str, Any]:
         run = _train(
             given, f"local {client}", trainer, max_steps=marks[-1], marks=marks, mark_by="steps"
         )
-        clients.append({"client": client, **of_history(run.history)})
+        series.append(of_history(run.history))
+        clients.append({"client": client, **series[-1]})
         final = float(run.history[-1]["eval_loss"])
         if best is None or final < best[0]:
             best = (final, run)
     if best is not None:
         _export(given, "local", best[1].params)
-    series = [{key: value for key, value in run.items() if key != "client"} for run in clients]
     return {**mean_series(series), "clients": clients}
 
 

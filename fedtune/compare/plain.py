@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
-from fedtune.client.local import evaluate
+from fedtune.client.local import evaluate, model_of
 
 __all__ = ["PlainRun", "run_plain", "steps_for_samples"]
 
@@ -47,7 +47,9 @@ def run_plain(
     """
     trainer.args.max_steps = max_steps
     run = PlainRun()
-    counter = BatchCounter(trainer.model, shifted=bool(getattr(trainer, "_loss_shifts_labels", 0)))
+    counter = BatchCounter(
+        model_of(trainer), shifted=bool(getattr(trainer, "_loss_shifts_labels", 0))
+    )
     if marks:
         metrics = evaluate(trainer, params, manifest)
         run.history.append(_record(0, metrics, counter, None, 0.0))
@@ -56,7 +58,7 @@ def run_plain(
     with counter:
         trainer.train()
     trainer.remove_callback(callback)
-    run.params = collect(trainer.model)
+    run.params = collect(model_of(trainer))
     run.log_history = list(trainer.state.log_history)
     trainer.optimizer = None
     trainer.lr_scheduler = None

@@ -66,7 +66,7 @@ def build_summary(
 
 def settings_of(args: Arguments) -> dict[str, Any]:
     """Every setting by group, as JSON values."""
-    groups = {
+    groups: dict[str, Any] = {
         "model": args.model,
         "adapter": args.adapter,
         "data": args.data,

@@ -62,4 +62,4 @@ def run_simulation(
     from flwr.simulation import run_simulation as flower_run_simulation
 
     with quiet_flower():
-        flower_run_simulation(server, client, num_clients, backend_config=backend)  # type: ignore[arg-type]
+        flower_run_simulation(server, client, num_clients, backend_config=backend)

@@ -1,6 +1,6 @@
 """The inline engine: Flower's apps driven in this process, one client after the other.
 
-Deterministic, starts at once, and holds one reply at a time: a client runs when its reply is pulled.
+Deterministic, starts at once, holds one reply at a time: a client runs when its reply is pulled.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -38,8 +38,12 @@ class InlineGrid(Grid):
     def set_run(self, run: object) -> None:
         """Nothing to set."""
 
-    def create_message(  # type: ignore[override]
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
         ttl: float | None = None,
     ) -> Message:
         """Flower's older way to build a message."""
@@ -90,5 +94,5 @@ def run_inline(server: ServerApp, client: ClientApp, num_clients: int) -> None:
 
 
 def _context(partition_id: int, num_partitions: int) -> Context:
-    node_config = {"partition-id": partition_id, "num-partitions": num_partitions}
+    node_config: UserConfig = {"partition-id": partition_id, "num-partitions": num_partitions}
     return Context(RUN_ID, partition_id, node_config, RecordDict(), {})

@@ -29,7 +29,7 @@ def run_ray(
 
     worker.work_dir.mkdir(parents=True, exist_ok=True)
     spec = worker.work_dir / SPEC
-    spec.write_bytes(cloudpickle.dumps(worker.blank()))
+    spec.write_bytes(cloudpickle.dumps(worker.blank()))  # type: ignore[no-untyped-call]
     resources = {"num_cpus": cpus_per_client, "num_gpus": gpus_per_client}
     backend = {"client_resources": resources, "init_args": {"log_to_driver": False}}
     try:

@@ -163,8 +163,8 @@ def _wandb(logs: Path, run_name: str, settings: dict[str, str], _: ExitStack) ->
         name=run_name,
         dir=str(logs),
         config=settings,
-        # A run of the user's own Trainer stays as it is; the terminal is not captured.
-        settings=wandb.Settings(console="off", reinit="create_new"),
+        # A run of the user's own Trainer stays as it is; the terminal is left alone.
+        settings=wandb.Settings(console="off", reinit="create_new", silent=bool(mode)),
         **mode,
     )
 

@@ -14,9 +14,9 @@ from fedtune.adapters import Manifest, check, load_exported
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.rounds import Plan, RoundHook, run_rounds
-from fedtune.strategies.updates import one_line
 from fedtune.strategies import Method
 from fedtune.strategies.shell import FedStrategy
+from fedtune.strategies.updates import one_line
 from fedtune.transport.grid import EagerGrid, Traffic
 from fedtune.transport.messages import INITIAL, SETUP, pack
 from fedtune.transport.records import config_of, params_of

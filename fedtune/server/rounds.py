@@ -1,4 +1,4 @@
-"""The round loop: ask, fold, evaluate, make durable; retry what failed, end when it keeps failing."""
+"""The round loop: ask, fold, evaluate, make durable; retry what failed, give up when it stays."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ class RunStore:
         """The state before training, which every other arm starts from too."""
         state = checkpoint.load_latest(self._checkpoints / "start")
         if state is None:
-            raise RoundError(f"expected the first state in {self._checkpoints / 'start'}, found none.")
+            raise RoundError(
+                f"expected the first state in {self._checkpoints / 'start'}, found none."
+            )
         return state
 
     def on_round(self, state: ServerState, record: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.errors import RoundError
-from fedtune.strategies.updates import Refusal, Update, UpdateRefusedError, one_line, read_update
 from fedtune.strategies.base import Method
+from fedtune.strategies.updates import Refusal, Update, UpdateRefusedError, one_line, read_update
 from fedtune.transport.messages import EVALUATE, TRAIN, RoundTask, pack
 from fedtune.transport.records import config_of, metrics_of, params_of, to_arrays
 
@@ -170,7 +170,9 @@ class FedStrategy(Strategy):
     ) -> Iterable[Message]:
         """In a simulation the held-out set is pooled: the first client's live model scores it."""
         node = min(self.clients, key=lambda node: self.clients[node])
-        content = pack(arrays=arrays, config={"round": server_round, "manifest": self.manifest.hash})
+        content = pack(
+            arrays=arrays, config={"round": server_round, "manifest": self.manifest.hash}
+        )
         return [Message(content, node, EVALUATE, group_id=str(server_round))]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
@@ -204,7 +206,9 @@ class FedStrategy(Strategy):
         state: MethodState = {}
         for name, value in new.items():
             old = self._global[name]
-            stepped[name], state[name] = self.method.step(old, value, self.method_state.get(name, {}))
+            stepped[name], state[name] = self.method.step(
+                old, value, self.method_state.get(name, {})
+            )
         self.method_state = state
         self.outcome.update_norm = math.sqrt(_squared_distance(stepped, self._global))
         return stepped
@@ -240,9 +244,7 @@ class _Spread:
 
 
 def _squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    return sum(
-        float(torch.sum((left[name].double() - right[name].double()) ** 2)) for name in left
-    )
+    return sum(float(torch.sum((left[name].double() - right[name].double()) ** 2)) for name in left)
 
 
 def _reply_row(name: str, update: Update) -> dict[str, float | int | str | None]:

@@ -1,9 +1,9 @@
 """What server and client say to each other, as plain dataclasses and as Flower records.
 
-    query.initial   -> the first global parameters and their manifest, from one client
-    query.setup     manifest, static tensors -> name and rows of the client
-    train           global parameters, task  -> updated parameters, what was trained on
-    evaluate        global parameters        -> metrics on the held-out set
+query.initial   -> the first global parameters and their manifest, from one client
+query.setup     manifest, static tensors -> name and rows of the client
+train           global parameters, task  -> updated parameters, what was trained on
+evaluate        global parameters        -> metrics on the held-out set
 """
 
 from __future__ import annotations

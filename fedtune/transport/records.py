@@ -1,7 +1,8 @@
 """Parameters and plain values as Flower records.
 
-fp32, fp16, fp64 and integers travel as Flower's own numpy arrays, so that stock strategies can read
-them. bf16, which numpy lacks, travels as raw bytes: `Array("bfloat16", shape, "fedtune.raw", data)`.
+fp32, fp16, fp64 and integers travel as Flower's own numpy arrays, so that stock strategies can
+read them. bf16, which numpy lacks, travels as raw bytes:
+`Array("bfloat16", shape, "fedtune.raw", data)`.
 """
 
 from __future__ import annotations
@@ -42,17 +43,14 @@ def metrics_of(content: RecordDict) -> MetricRecord:
 
 def count_bytes(content: RecordDict) -> int:
     """Bytes of all records of a message: array payloads, names and scalars (8 bytes each)."""
-    arrays = sum(
-        len(name) + len(array.data)
-        for record in content.array_records.values()
-        for name, array in record.items()
-    )
-    scalars = sum(
-        len(name) + _scalar_bytes(value)
-        for record in (*content.metric_records.values(), *content.config_records.values())
-        for name, value in record.items()
-    )
-    return arrays + scalars
+    total = 0
+    for arrays in content.array_records.values():
+        total += sum(len(name) + len(array.data) for name, array in arrays.items())
+    for metrics in content.metric_records.values():
+        total += sum(len(name) + _scalar_bytes(value) for name, value in metrics.items())
+    for config in content.config_records.values():
+        total += sum(len(name) + _scalar_bytes(value) for name, value in config.items())
+    return total
 
 
 def _scalar_bytes(value: object) -> int:

@@ -77,9 +77,7 @@ def _dry_run(
 
     silos = load_silos(args)
     with TemporaryDirectory() as scratch:
-        prepared = prepare(
-            args, args.seeds[0], silos, Path(scratch), build_model, build_trainer
-        )
+        prepared = prepare(args, args.seeds[0], silos, Path(scratch), build_model, build_trainer)
         print(describe_run(args, prepared))
     return {}
 
@@ -93,12 +91,12 @@ def _quiet_libraries() -> None:
     logging.captureWarnings(True)
     for chatty in ("py.warnings", "bitsandbytes", "transformers", "trl"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
 
 
 def _sft_config() -> type:
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig
 

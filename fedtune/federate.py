@@ -53,18 +53,21 @@ def federate(args: Arguments, worker: Worker, directory: Path) -> tuple[ServerSt
     return store.first(), last
 
 
-def federate_control(args: Arguments, worker: Worker, method: str, directory: Path) -> ServerState:
-    """A federation in this process that leaves nothing but its last state."""
+def federate_control(
+    args: Arguments, worker: Worker, method: str, start: ServerState, label: str
+) -> ServerState:
+    """A federation in this process from `start` that leaves nothing but its last state."""
     control = (
         FixedGlobal() if method == "fixed_global" else build_method(method, weight_by="tokens")
     )
-    with Progress(args.federation.num_rounds, directory.name) as progress:
+    with Progress(args.federation.num_rounds, label) as progress:
 
         def on_round(state: ServerState, record: dict[str, Any]) -> None:
             if record["round"]:
                 progress.advance(1, eval_loss=record["eval_loss"])
 
         run = _server_run(args, worker, control, on_round)
+        run.start = start
         _run_inline(run, worker)
     return _result(run)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,17 @@ from fedtune.client.counter import BatchCounter
 from fedtune.errors import ConfigError
 from fedtune.transport.messages import RoundTask
 
-__all__ = ["LocalResult", "derive_seed", "evaluate", "model_of", "steps_of", "train_round"]
+__all__ = [
+    "LocalResult",
+    "derive_seed",
+    "evaluate",
+    "model_of",
+    "quality_metrics",
+    "steps_of",
+    "train_round",
+]
+
+NO_QUALITY = ("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy")
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,7 @@ def evaluate(trainer: Trainer, params: dict[str, Tensor], manifest: Manifest) ->
     load(model_of(trainer), params, manifest)
     with torch.random.fork_rng():
         metrics = trainer.evaluate()
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    return {key: float(value) for key, value in numbers.items() if not _is_timing(key)}
+    return quality_metrics(metrics)
 
 
 def model_of(trainer: Trainer) -> nn.Module:
@@ -239,5 +248,10 @@ def _callback(trainer: Trainer, callback: TrainerCallback) -> Iterator[None]:
         trainer.remove_callback(callback)
 
 
-def _is_timing(key: str) -> bool:
-    return key.endswith(("_runtime", "_per_second", "epoch", "_time"))
+def quality_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What an evaluation says of the model, without timings, counts and trl's diagnostics."""
+    return {
+        key: float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not key.endswith(NO_QUALITY)
+    }

@@ -27,8 +27,8 @@ __all__ = ["ArmInput", "FederatedRun", "run_arm"]
 
 WORK = "work"  # scratch of an arm, removed when it is done
 
-# Runs a federation over a worker's clients: (worker, method name, directory) -> last state.
-FederatedRun = Callable[[Worker, str, Path], ServerState]
+# Runs a federation over a worker's clients: (worker, method name, start, label) -> last state.
+FederatedRun = Callable[[Worker, str, ServerState, str], ServerState]
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def _local(given: ArmInput) -> dict[str, Any]:
 
 
 def _fixed_global(given: ArmInput) -> dict[str, Any]:
-    directory = given.directory / "fixed_global"
-    state = given.federate(_quiet_worker(given, "fixed_global"), "fixed_global", directory)
+    worker = _quiet_worker(given, "fixed_global")
+    state = given.federate(worker, "fixed_global", given.start.fresh(), "fixed global")
     _export(given, "fixed_global", state.params)
     return of_history(state.history)
 
@@ -122,11 +122,11 @@ def _parity(given: ArmInput) -> dict[str, Any]:
     worker.args.training.logging_strategy = "steps"
     alone = worker.fork(train={client: rows}, work_dir=worker.work_dir)
     rounds = len(given.history) - 1
-    state = given.federate(alone, "fedavg", given.directory / "parity")
+    state = given.federate(alone, "fedavg", given.start.fresh(), "parity, federated")
     federated = alone.trainer(client)
     trainer = alone.new_trainer(rows, None, "plain")
     steps = int(federated.state.global_step)
-    run = _train(given, "parity", trainer, max_steps=steps, marks=[], mark_by="steps")
+    run = _train(given, "parity, plain", trainer, max_steps=steps, marks=[], mark_by="steps")
     step = first_difference(federated.state.log_history, run.log_history)
     equal = all(torch.equal(state.params[name], value) for name, value in run.params.items())
     if step is None and not equal:

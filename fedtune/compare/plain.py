@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
-from fedtune.client.local import evaluate, model_of
+from fedtune.client.local import evaluate, model_of, quality_metrics
 
 __all__ = ["PlainRun", "run_plain", "steps_for_samples"]
 
@@ -154,17 +154,11 @@ def _record(
     train_loss: float | None,
     seconds: float,
 ) -> dict[str, Any]:
-    others = {
-        key: float(value)
-        for key, value in metrics.items()
-        if key not in ("eval_loss", "epoch")
-        and isinstance(value, int | float)
-        and not key.endswith(("_runtime", "_per_second"))
-    }
+    quality = quality_metrics(metrics)
     return {
         "round": number,
-        "eval_loss": metrics.get("eval_loss"),
-        "eval_metrics": others,
+        "eval_loss": quality.pop("eval_loss"),
+        "eval_metrics": quality,
         "train_loss": train_loss,
         "samples": counter.examples,
         "tokens": counter.tokens,

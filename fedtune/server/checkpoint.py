@@ -47,6 +47,10 @@ class ServerState:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
 
+    def fresh(self) -> ServerState:
+        """The same parameters as the start of another run."""
+        return ServerState(0, self.params, self.static, self.manifest)
+
     def keep_rounds(self, client: str) -> list[int]:
         """Rounds whose state of this client may still be needed."""
         kept = {rounds.get(client, 0) for rounds in self.durable.values()}

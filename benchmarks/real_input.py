@@ -1,0 +1,120 @@
+"""Federated against centralized and local-only on real text, several seeds, all arms.
+
+python benchmarks/real_input.py --shared ../shared --output_dir outputs/real
+python benchmarks/real_input.py --only iid-lora --seeds 1,2,3 --json real.json
+
+Each case is one recipe command, which is printed. A case that is already there is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from fedtune.report import load_summary
+
+COMMON = (
+    "--num_clients 4 --num_rounds 10 --steps_per_round 20 --per_device_train_batch_size 8 "
+    "--learning_rate 5e-3 --lora_r 8 --lora_target_modules all-linear --max_length 160 "
+    "--eval_fraction 0.06 --per_device_eval_batch_size 16 --compare all"
+)
+PHRASEBANK, SHAKESPEARE = "financial_phrasebank.jsonl", "tiny_shakespeare.jsonl"
+CASES = {
+    "iid-lora": (PHRASEBANK, "--partition iid"),
+    "dirichlet-lora": (PHRASEBANK, "--partition dirichlet --partition_alpha 0.3"),
+    "speaker-lora": (SHAKESPEARE, "--partition column --partition_column speaker"),
+    "iid-p_tuning": (PHRASEBANK, "--partition iid --peft_method p_tuning --max_length 140"),
+    "dirichlet-p_tuning": (
+        PHRASEBANK,
+        "--partition dirichlet --partition_alpha 0.3 --peft_method p_tuning --max_length 140",
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="data/ and models/")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/real"))
+    parser.add_argument("--only", help="comma-separated cases: " + ", ".join(CASES))
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+    if not (args.shared / "models" / "stories260k").is_dir():
+        sys.exit(f"skipped: no models/stories260k in {args.shared}; point --shared at it")
+    rows = []
+    for name in args.only.split(",") if args.only else CASES:
+        directory = args.output_dir / name
+        if not (directory / "summary.json").is_file():
+            run(name, args.shared, args.seeds, directory)
+        rows.append(row(name, directory))
+    print_table(rows)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def command(name: str, shared: Path, seeds: str, directory: Path) -> list[str]:
+    data, flags = CASES[name]
+    recipe = Path(__file__).parents[1] / "recipes" / "lora_sft.py"
+    places = (
+        f"--model_name_or_path {shared}/models/stories260k --train_file {shared}/data/{data} "
+        f"--seeds {seeds} --output_dir {directory}"
+    )
+    return [sys.executable, str(recipe), *shlex.split(f"{COMMON} {flags} {places}")]
+
+
+def run(name: str, shared: Path, seeds: str, directory: Path) -> None:
+    words = command(name, shared, seeds, directory)
+    if directory.exists():
+        words.append("--resume")
+    print(shlex.join(["python", "recipes/lora_sft.py", *words[2:]]), flush=True)
+    subprocess.run(words, check=True)
+
+
+def row(name: str, directory: Path) -> dict[str, object]:
+    """Final losses by arm and seed, and the verdict of one case."""
+    summary = load_summary(directory)
+    final = {
+        arm: [run.eval_loss[-1] for run in summary.arms[arm].runs]
+        for arm in ("federated", "centralized", "centralized_large_batch", "local")
+    }
+    fixed = summary.arms["fixed_global"].runs
+    verdict = summary.verdict
+    return {
+        "case": name,
+        "untuned": summary.federated.mean.eval_loss[0],
+        "final": final,
+        "gap_pct": vars(verdict.gap_centralized_pct),
+        "gap_large_pct": vars(verdict.gap_large_batch_pct),
+        "gain_local_pct": vars(verdict.gain_over_local_pct),
+        "parity": verdict.parity.identical,
+        "fixed_flat": all(len(set(run.eval_loss)) == 1 for run in fixed),
+    }
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """One line a seed, then the spread of the case."""
+    print("case                seed  untuned  federated  central  large b.  local   gap %  large %")
+    for item in rows:
+        final = item["final"]
+        arms = zip(*(final[arm] for arm in final), strict=True)
+        for index, (ours, central, large, local) in enumerate(arms):
+            print(
+                f"{item['case']:<18} {index + 1:>5} {item['untuned']:>8.3f} {ours:>10.4f} "
+                f"{central:>8.4f} {large:>9.4f} {local:>6.4f} {100 * (ours / central - 1):>+7.2f} "
+                f"{100 * (ours / large - 1):>+8.2f}"
+            )
+        print(
+            f"{item['case']:<18}  mean gap {item['gap_pct']['mean']:+.2f} "
+            f"(std {item['gap_pct']['std']:.2f}), large batch {item['gap_large_pct']['mean']:+.2f} "
+            f"(std {item['gap_large_pct']['std']:.2f}), gain over local "
+            f"{item['gain_local_pct']['mean']:+.2f} (std {item['gain_local_pct']['std']:.2f}), "
+            f"parity {item['parity']}, fixed global flat {item['fixed_flat']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

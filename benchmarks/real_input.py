@@ -18,20 +18,19 @@ from pathlib import Path
 from fedtune.report import load_summary
 
 COMMON = (
-    "--num_clients 4 --num_rounds 10 --steps_per_round 20 --per_device_train_batch_size 8 "
-    "--learning_rate 5e-3 --lora_r 8 --lora_target_modules all-linear --max_length 160 "
+    "--num_clients 4 --num_rounds 10 --per_device_train_batch_size 8 --learning_rate 5e-3 "
     "--eval_fraction 0.06 --per_device_eval_batch_size 16 --compare all"
 )
+LORA = "--steps_per_round 20 --lora_r 8 --lora_target_modules all-linear --max_length 160"
+PROMPT = "--steps_per_round 10 --peft_method p_tuning --max_length 128"
+DIRICHLET = "--partition dirichlet --partition_alpha 0.3"
 PHRASEBANK, SHAKESPEARE = "financial_phrasebank.jsonl", "tiny_shakespeare.jsonl"
 CASES = {
-    "iid-lora": (PHRASEBANK, "--partition iid"),
-    "dirichlet-lora": (PHRASEBANK, "--partition dirichlet --partition_alpha 0.3"),
-    "speaker-lora": (SHAKESPEARE, "--partition column --partition_column speaker"),
-    "iid-p_tuning": (PHRASEBANK, "--partition iid --peft_method p_tuning --max_length 140"),
-    "dirichlet-p_tuning": (
-        PHRASEBANK,
-        "--partition dirichlet --partition_alpha 0.3 --peft_method p_tuning --max_length 140",
-    ),
+    "iid-lora": (PHRASEBANK, f"{LORA} --partition iid"),
+    "dirichlet-lora": (PHRASEBANK, f"{LORA} {DIRICHLET}"),
+    "speaker-lora": (SHAKESPEARE, f"{LORA} --partition column --partition_column speaker"),
+    "iid-p_tuning": (PHRASEBANK, f"{PROMPT} --partition iid"),
+    "dirichlet-p_tuning": (PHRASEBANK, f"{PROMPT} {DIRICHLET}"),
 }
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from fedtune.config import ARMS, TRACKERS, Arguments, split_names
 from fedtune.errors import ConfigError
 from fedtune.nearest import nearest
-from fedtune.output import prepare_output_dir, run_settings
 from fedtune.ranges import ranges
 
-__all__ = ["check_arguments", "prepare_output_dir", "run_settings", "strategy_settings"]
+__all__ = ["check_arguments", "strategy_settings"]
 
 LORA = ("lora", "dora")
 PROMPTS = ("p_tuning", "prompt_tuning", "prefix_tuning")
@@ -206,6 +205,12 @@ def _engine(args: Arguments) -> str | None:
 def _output(args: Arguments) -> str | None:
     if args.run.resume and args.run.overwrite:
         return "--resume and --overwrite are both set: one keeps the earlier run, one deletes it."
+    start, output = args.adapter.init_adapter, Path(args.training.output_dir).absolute()
+    if start and args.run.overwrite and output in (Path(start).absolute(), *Path(start).absolute().parents):
+        return (
+            f"--init_adapter {start} lies in the run that --overwrite deletes. Write to another "
+            "--output_dir."
+        )
     return None
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedtune.checks import check_arguments, prepare_output_dir, run_settings
+from fedtune.checks import check_arguments
 from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.config import Arguments
 from fedtune.errors import FedtuneError, RoundError
+from fedtune.output import check_output_dir, prepare_output_dir, run_settings
 from fedtune.settings import parse_arguments
 
-__all__ = ["launch"]
+__all__ = ["launch", "quiet_libraries"]
 
 USAGE_ERROR, RUN_ERROR = 2, 1
 
@@ -38,7 +39,7 @@ def launch(
 
     Ends the process: status 2 for a wrong setting or unusable data, 1 for a run that failed.
     """
-    _quiet_libraries()
+    quiet_libraries()
     try:
         args = parse_arguments(
             training_class or _sft_config(), argv, recipe_file=_file_of(build_model)
@@ -55,34 +56,32 @@ def launch(
 
 
 def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """`launch` without parsing: returns the summary, raises FedtuneError."""
-    from fedtune.runs import run_seeds
+    """`launch` without parsing: returns the summary, raises FedtuneError.
 
-    if args.run.dry_run:
-        return _dry_run(args, build_model, build_trainer)
-    directory = prepare_output_dir(
-        args.training.output_dir,
-        resume=args.run.resume,
-        overwrite=args.run.overwrite,
-        settings=run_settings(args),
-    )
-    return run_seeds(args, directory, build_model, build_trainer)
-
-
-def _dry_run(
-    args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer
-) -> dict[str, Any]:
+    Nothing is written or deleted in the output directory before model, data and Trainers stand.
+    """
     from fedtune.dry_run import describe_run
     from fedtune.prepare import load_silos, prepare
+    from fedtune.runs import run_seeds
 
+    output: dict[str, Any] = {
+        "directory": args.training.output_dir,
+        "resume": args.run.resume,
+        "overwrite": args.run.overwrite,
+        "settings": run_settings(args),
+    }
+    if not args.run.dry_run:
+        check_output_dir(**output)
     silos = load_silos(args)
     with TemporaryDirectory() as scratch:
-        prepared = prepare(args, args.seeds[0], silos, Path(scratch), build_model, build_trainer)
-        print(describe_run(args, prepared))
-    return {}
+        first = prepare(args, args.seeds[0], silos, Path(scratch), build_model, build_trainer)
+        if args.run.dry_run:
+            print(describe_run(args, first))
+            return {}
+    return run_seeds(args, prepare_output_dir(**output), silos, first, build_model, build_trainer)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """One bar for the rounds instead of one per loaded weight and tokenized data set."""
     import datasets
     import transformers
@@ -106,5 +105,5 @@ def _file_of(function: Callable[..., Any]) -> str:
 
 
 def _fail(error: Exception, status: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,5 +1,8 @@
 """The output directory of a run: who may write there, and what a resumed run must share.
 
+A run asks first (`check_output_dir`), then loads its model and data, then writes
+(`prepare_output_dir`): one that cannot start leaves nothing behind and deletes nothing.
+
 `run.json` is written before anything else, so that a run killed before its first checkpoint can be
 resumed too. It also proves that the directory is fedtune's: nothing is deleted without it.
 """
@@ -7,6 +10,7 @@ resumed too. It also proves that the directory is fedtune's: nothing is deleted 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +23,7 @@ from fedtune.files import read_json, write_json
 __all__ = [
     "MARKER",
     "OWN",
+    "check_output_dir",
     "prepare_output_dir",
     "run_settings",
 ]
@@ -98,32 +103,60 @@ def run_settings(args: Arguments) -> dict[str, Any]:
     return plain
 
 
+def check_output_dir(
+    directory: str | Path, *, resume: bool, overwrite: bool, settings: Mapping[str, Any]
+) -> None:
+    """Whether `prepare_output_dir` would accept `directory`; nothing is changed.
+
+    Raises:
+        ConfigError: it holds an earlier run and neither flag is given, `resume` finds no run or one
+            with other settings, `overwrite` finds files that fedtune did not make, or nobody may
+            write there.
+    """
+    directory = Path(directory)
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output_dir: {there} is a file. Choose a directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--output_dir: cannot write {directory}: no permission in {there}. Choose another "
+            "directory, or change its permissions."
+        )
+    if resume:
+        _check_same(directory, settings)
+        return
+    names = _names(directory)
+    if names and overwrite:
+        _check_own(directory, names)
+    elif names:
+        _refuse(directory, names)
+
+
 def prepare_output_dir(
     directory: str | Path, *, resume: bool, overwrite: bool, settings: Mapping[str, Any]
 ) -> Path:
     """Make `directory` ready for a run with `settings` (see `run_settings`); returns its path.
 
     Raises:
-        ConfigError: it holds an earlier run and neither flag is given, `resume` finds no run or one
-            with other settings, or `overwrite` finds files that fedtune did not make.
+        ConfigError: as `check_output_dir`, or the disk refuses the write.
     """
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"--output_dir: {directory} is a file. Choose a directory.")
+    check_output_dir(directory, resume=resume, overwrite=overwrite, settings=settings)
     if resume:
-        _check_same(directory, settings)
         return directory
-    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    if names and overwrite:
-        _delete_run(directory, names)
-    elif names:
-        _refuse(directory, names)
+    _delete_run(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / MARKER, {"fedtune_run": 1, "settings": dict(settings)})
     except OSError as error:
-        raise ConfigError(f"--output_dir: cannot write {directory}: {error.strerror}.") from None
+        raise ConfigError(
+            f"--output_dir: cannot write {directory}: {error.strerror}. Choose another directory."
+        ) from None
     return directory
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
 
 
 def _check_same(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -152,14 +185,17 @@ def _refuse(directory: Path, names: list[str]) -> None:
     )
 
 
-def _delete_run(directory: Path, names: list[str]) -> None:
+def _check_own(directory: Path, names: list[str]) -> None:
     foreign = [name for name in names if not _own(name)]
     if foreign or _marker(directory) is None:
         what = f"{foreign[0]}, which fedtune did not write" if foreign else f"no {MARKER} of a run"
         raise ConfigError(
             f"--overwrite: {directory} holds {what}; nothing is deleted. Choose another directory."
         )
-    for name in sorted(names, key=lambda name: name == MARKER):  # the proof goes last
+
+
+def _delete_run(directory: Path) -> None:
+    for name in sorted(_names(directory), key=lambda name: name == MARKER):  # the proof goes last
         path = directory / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

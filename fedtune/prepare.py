@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import Trainer
 
+from fedtune.adapters import Manifest, load_exported, load_init_adapter
 from fedtune.client.local import steps_of
 from fedtune.client.worker import BuildModel, BuildTrainer, Worker
 from fedtune.config import Arguments
 from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
+from fedtune.errors import ManifestError
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client"]
 
@@ -57,6 +59,8 @@ def prepare(
         work_dir,
     )
     tokens = [_tokens(worker.trainer(name)) for name in silos.names]
+    if args.adapter.init_adapter:
+        _check_init_adapter(args.adapter.init_adapter, worker.manifest)
     counts = None if None in tokens else [count for count in tokens if count is not None]
     label = find_label_column(silos.train[0].column_names, args.data)
     model_bytes = sum(p.numel() * p.element_size() for p in worker.model.parameters())
@@ -77,6 +81,16 @@ def _with_seed(args: Arguments, seed: int) -> Arguments:
     seeded.training = copy.deepcopy(args.training)
     seeded.training.seed = seeded.training.data_seed = seed
     return seeded
+
+
+def _check_init_adapter(directory: str, manifest: Manifest) -> None:
+    load_init_adapter(directory, manifest)
+    _, _, found = load_exported(directory)
+    if found.hash != manifest.hash:
+        raise ManifestError(
+            f"--init_adapter {directory}: expected an adapter of this base model and these "
+            "settings, received another one. Use the model and the settings it was trained with."
+        )
 
 
 def _tokens(trainer: Trainer) -> int | None:

@@ -13,9 +13,10 @@ from fedtune.compare.series import of_history
 from fedtune.compare.summary import build_summary
 from fedtune.config import Arguments
 from fedtune.data import format_table
+from fedtune.data.silos import Silos
 from fedtune.federate import federate, federate_control
 from fedtune.files import read_json, write_json
-from fedtune.prepare import Prepared, load_silos, prepare
+from fedtune.prepare import Prepared, prepare
 from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
 from fedtune.report.plots import draw_loss
 
@@ -23,17 +24,28 @@ __all__ = ["run_seeds"]
 
 
 def run_seeds(
-    args: Arguments, directory: Path, build_model: BuildModel, build_trainer: BuildTrainer
+    args: Arguments,
+    directory: Path,
+    silos: Silos,
+    first: Prepared,
+    build_model: BuildModel,
+    build_trainer: BuildTrainer,
 ) -> dict[str, Any]:
-    """Run every seed into `directory` (several: `directory/seeds/<s>`); returns the summary."""
-    silos = load_silos(args)
+    """Run every seed into `directory` (several: `directory/seeds/<s>`); returns the summary.
+
+    `first` is what the first seed starts from; wherever it was prepared, it works in `directory`.
+    """
     seeds, results = args.seeds, []
     for seed in seeds:
         seed_dir = directory if len(seeds) == 1 else directory / "seeds" / str(seed)
         seed_dir.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(args, seed, silos, seed_dir / "clients", build_model, build_trainer)
+        work_dir = seed_dir / "clients"
         if seed == seeds[0]:
+            prepared = first
+            prepared.worker.work_dir = work_dir
             print(format_table(prepared.clients), flush=True)
+        else:
+            prepared = prepare(args, seed, silos, work_dir, build_model, build_trainer)
         if len(seeds) > 1:
             print(f"seed {seed}", flush=True)
         results.append(_run_seed(args, prepared, seed_dir))

@@ -1,15 +1,24 @@
-"""Federated instruction or text tuning with LoRA, DoRA, IA3 or QLoRA.
+"""Federated instruction or text tuning with LoRA, DoRA, IA3, a prompt method or QLoRA.
 
 python recipes/lora_sft.py                                     # the model and corpus in the package
 python recipes/lora_sft.py --compare all --seeds 1,2,3
-python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl --num_clients 4
+python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl --partition iid
+
+Rows: instruction/input/output, question/answer, prompt/completion, messages, or text. With a prompt
+the loss covers the answer only. `--dry_run` shows rows, bytes and memory before anything is trained.
 """
 
 from trl import SFTTrainer
 
 import fedtune
 from fedtune.adapters import attach_adapter, load_base
-from fedtune.data import as_language_rows, check_lengths, context_length, token_lengths
+from fedtune.data import (
+    as_language_rows,
+    check_lengths,
+    context_length,
+    token_lengths,
+    virtual_tokens,
+)
 
 
 def build_model(args):
@@ -27,6 +36,7 @@ def build_trainer(args, model, tokenizer, train, evaluation):
             token_lengths(rows, tokenizer),
             max_length=args.training.max_length,
             context=context_length(model.config),
+            virtual_tokens=virtual_tokens(model),
             where=where,
         )
         return rows

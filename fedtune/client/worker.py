@@ -117,6 +117,7 @@ class Worker:
         if static:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             save_file(static, self.work_dir / "static.safetensors")
+            load_static(self.model, static, self.manifest)
 
     def train_round(self, client: str, task: RoundTask, params: dict[str, Tensor]) -> LocalResult:
         """Train one client's part of a round."""

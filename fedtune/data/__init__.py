@@ -10,7 +10,7 @@ from fedtune.data.formats import (
     instruction_prompt,
     label_prompt,
 )
-from fedtune.data.lengths import check_lengths, context_length, token_lengths
+from fedtune.data.lengths import check_lengths, context_length, token_lengths, virtual_tokens
 from fedtune.data.load import hold_out, load_rows, load_split
 from fedtune.data.partition import partition
 from fedtune.data.silos import Silos, make_silos
@@ -37,4 +37,5 @@ __all__ = [
     "partition",
     "row_format",
     "token_lengths",
+    "virtual_tokens",
 ]

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from fedtune.errors import DataError
 
-__all__ = ["check_lengths", "context_length", "token_lengths"]
+__all__ = ["check_lengths", "context_length", "token_lengths", "virtual_tokens"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ def context_length(model_config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def virtual_tokens(model: Any) -> int:
+    """Positions that a prompt-learning adapter on `model` takes from the context; 0 without one."""
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "num_virtual_tokens", None) or 0
 
 
 def check_lengths(

@@ -1,0 +1,74 @@
+"""Federated p-tuning for sentiment: the prompt encoder travels, the base model stays frozen.
+
+python recipes/ptuning_sentiment.py                            # the model and corpus in the package
+python recipes/ptuning_sentiment.py --compare local
+python recipes/ptuning_sentiment.py --model_name_or_path DIR --train_file rows.jsonl \
+    --partition dirichlet                                      # rows: text, label
+
+The model answers "Text: ... Sentiment:" with the label, and the loss covers that answer only.
+"""
+
+import torch
+from trl import SFTTrainer
+
+import fedtune
+from fedtune.adapters import attach_adapter, load_base
+from fedtune.data import (
+    as_label_prompt_rows,
+    check_lengths,
+    context_length,
+    token_lengths,
+    virtual_tokens,
+)
+
+
+def build_model(args):
+    """Base model with its prompt encoder, and the tokenizer; once per process."""
+    model, tokenizer = load_base(args.model, task="causal_lm")
+    return attach_adapter(model, args.adapter, "causal_lm", args.training.seed), tokenizer
+
+
+def build_trainer(args, model, tokenizer, train, evaluation):
+    """A trl SFTTrainer over one client's texts and labels."""
+
+    def rows_of(silo, where):
+        rows = as_label_prompt_rows(silo, args.data)
+        check_lengths(
+            token_lengths(rows, tokenizer),
+            max_length=args.training.max_length,
+            context=context_length(model.config),
+            virtual_tokens=virtual_tokens(model),
+            where=where,
+        )
+        return rows
+
+    return AnswerTrainer(
+        model=model,
+        args=args.training,
+        train_dataset=rows_of(train, "training rows"),
+        eval_dataset=None if evaluation is None else rows_of(evaluation, "held-out rows"),
+        processing_class=tokenizer,
+        compute_metrics=label_accuracy,
+    )
+
+
+class AnswerTrainer(SFTTrainer):
+    """SFTTrainer whose evaluation predicts the likeliest token at every position."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            logits = model(**inputs).logits[:, -labels.shape[1] :]  # without the virtual tokens
+        return loss, logits.argmax(-1), labels
+
+
+def label_accuracy(prediction):
+    """Share of rows whose whole answer the model would write by itself, greedily."""
+    guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    return {"label_accuracy": float(((guesses == labels) | (labels == -100)).all(axis=1).mean())}
+
+
+if __name__ == "__main__":
+    fedtune.launch(build_model, build_trainer)

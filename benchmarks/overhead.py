@@ -119,7 +119,7 @@ def measure_round(args: argparse.Namespace) -> dict[str, object]:
     rounds = 20
     with tempfile.TemporaryDirectory() as scratch:
         flags = (
-            f"--num_rounds {rounds} --steps_per_round 1 --lora_r 180 --eval_fraction 0.006 "
+            f"--num_rounds {rounds} --steps_per_round 1 --lora_r 310 --eval_fraction 0.006 "
             "--lora_target_modules all-linear"
         )
         arguments, worker = one_client(Path(scratch), flags.split())

@@ -2,8 +2,9 @@
 
 python recipes/ptuning_sentiment.py                            # the model and corpus in the package
 python recipes/ptuning_sentiment.py --compare local
-python recipes/ptuning_sentiment.py --model_name_or_path DIR --train_file rows.jsonl \
-    --partition dirichlet                                      # rows: text, label
+python recipes/ptuning_sentiment.py --model_name_or_path DIR --train_file rows.jsonl
+
+Rows: text (or sentence, or an instruction row) and label.
 
 The model answers "Text: ... Sentiment:" with the label, and the loss covers that answer only.
 """

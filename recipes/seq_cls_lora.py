@@ -2,8 +2,9 @@
 
 python recipes/seq_cls_lora.py                                 # the model and corpus in the package
 python recipes/seq_cls_lora.py --compare local
-python recipes/seq_cls_lora.py --model_name_or_path DIR --train_file rows.jsonl \
-    --partition dirichlet                                      # rows: text, label
+python recipes/seq_cls_lora.py --model_name_or_path DIR --train_file rows.jsonl
+
+Rows: text (or sentence, or an instruction row) and label.
 
 The head is new, so it is trained in full and travels with the adapter. To use the result:
 AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=N), then

@@ -221,8 +221,12 @@ def _round_dir(state_dir: Path, number: int) -> Path:
 
 @contextmanager
 def _without_weights(trainer: Trainer) -> Iterator[None]:
-    """Checkpoints of the Trainer without weights: neither written nor asked for on resume."""
-    overrides = {"save_model": _only_directory, "_load_from_checkpoint": _nothing}
+    """Checkpoints of the Trainer without weights and model card, neither written nor asked for."""
+    overrides = {
+        "save_model": _only_directory,
+        "create_model_card": _nothing,
+        "_load_from_checkpoint": _nothing,
+    }
     vars(trainer).update(overrides)
     try:
         yield

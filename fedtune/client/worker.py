@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ class Worker:
             evaluation = self.evaluation if client == self.evaluator else None
             self._trainers[client] = self.new_trainer(self.train[client], evaluation, client)
             self._rng[client] = _get_rng()
+            # Every train() collects garbage; what lives as long as the worker need not be visited.
+            gc.freeze()
             static = self.work_dir / "static.safetensors"
             if static.is_file():
                 load_static(self.model, load_file(static), self.manifest)

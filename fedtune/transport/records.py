@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedtune.adapters import Entry
 from fedtune.errors import ManifestError
 
 __all__ = ["RAW_STYPE", "config_of", "count_bytes", "metrics_of", "params_of", "to_arrays"]
@@ -70,15 +72,21 @@ def _to_array(tensor: Tensor) -> Array:
 
 
 def _to_tensor(name: str, array: Array) -> Tensor:
+    announced = Entry(tuple(array.shape), array.dtype)
     try:
-        if array.stype != RAW_STYPE:
-            return torch.from_numpy(array.numpy())
-        if array.dtype != "bfloat16":
-            raise ValueError(f"unknown raw dtype {array.dtype!r}")
-        flat = torch.frombuffer(bytearray(array.data), dtype=torch.bfloat16)
-        return flat.reshape(tuple(array.shape))
-    except (TypeError, ValueError, EOFError, OSError, RuntimeError) as error:
+        tensor = _from_raw(array) if array.stype == RAW_STYPE else torch.from_numpy(array.numpy())
+        if Entry.of(tensor) != announced:
+            raise ValueError(f"they hold {Entry.of(tensor)}")
+    except Exception as error:  # bytes from outside: numpy and torch raise a dozen kinds on them
         raise ManifestError(
-            f"{name}: expected a tensor of dtype {array.dtype} and shape {tuple(array.shape)}, "
-            f"received {len(array.data)} bytes that do not decode ({error}); send it again."
+            f"{name}: expected a tensor {announced}, received {len(array.data)} bytes that do not "
+            f"decode ({' '.join(str(error).split())}); send it again."
         ) from None
+    return tensor
+
+
+def _from_raw(array: Array) -> Tensor:
+    if array.dtype != "bfloat16":
+        raise ValueError(f"unknown raw dtype {array.dtype!r}")
+    flat = np.frombuffer(bytearray(array.data), dtype=np.int16)
+    return torch.from_numpy(flat).view(torch.bfloat16).reshape(tuple(array.shape))

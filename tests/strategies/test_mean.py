@@ -1,0 +1,165 @@
+"""The mean of client updates: exact, whatever the order of arrival."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedtune.strategies import RunningMean
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MANTISSA_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+
+weights = st.one_of(st.integers(1, 9), st.integers(1, 2**28))
+
+
+def fold(updates: list[Tensor], by: list[int]) -> Tensor:
+    mean = RunningMean()
+    for update, weight in zip(updates, by, strict=True):
+        mean.add({"x": update}, float(weight))
+    return mean.result()["x"]
+
+
+def any_values(dtype: torch.dtype) -> st.SearchStrategy[float]:
+    """Every finite number of the dtype, subnormal ones and zeros included."""
+    width = 16 if dtype == torch.float16 else 32
+    return st.floats(width=width, allow_nan=False, allow_infinity=False).filter(
+        lambda value: math.isfinite(float(torch.tensor(value).to(dtype)))
+    )
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> tuple[list[Tensor], list[int], list[int]]:
+    """2 to 6 clients, their weights and a permutation; magnitudes from 2^-20 to 2^20.
+
+    A product has its last bit at 2^-43 or above and the sum stays below 2^51, so high and low part
+    (106 bits) hold it exactly. Cancelling values are in there: each value may be another's negative.
+    """
+    dtype = draw(st.sampled_from(DTYPES))
+    clients, size = draw(st.integers(2, 6)), draw(st.integers(1, 4))
+    top = 2.0**15 if dtype == torch.float16 else 2.0**20
+    magnitude = st.floats(2.0**-14 if dtype == torch.float16 else 2.0**-20, top, width=32)
+    value = st.builds(lambda size, sign: size * sign, magnitude, st.sampled_from([-1, 0, 1]))
+    pool = draw(st.lists(value, min_size=1, max_size=5))
+    pool += [-value for value in pool]
+    rows = draw(
+        st.lists(
+            st.lists(st.sampled_from(pool), min_size=size, max_size=size),
+            min_size=clients,
+            max_size=clients,
+        )
+    )
+    by = draw(st.lists(weights, min_size=clients, max_size=clients))
+    order = draw(st.permutations(range(clients)))
+    return [torch.tensor(row).to(dtype) for row in rows], by, list(order)
+
+
+@given(adapters())
+@settings(max_examples=300, deadline=None)
+def test_order_of_arrival_does_not_matter(
+    case: tuple[list[Tensor], list[int], list[int]],
+) -> None:
+    updates, by, order = case
+    straight = fold(updates, by)
+    shuffled = fold([updates[k] for k in order], [by[k] for k in order])
+    assert torch.equal(straight, shuffled)
+    assert straight.dtype == updates[0].dtype
+
+
+@given(adapters())
+@settings(max_examples=300, deadline=None)
+def test_result_is_the_exact_mean_rounded(
+    case: tuple[list[Tensor], list[int], list[int]],
+) -> None:
+    """Against rational numbers. The result is rounded twice or thrice (fp64, fp32, half), so it may
+    be off by half a unit in the last place and a 2^-23rd (half types) or 2^-28th part of that.
+    """
+    updates, by, _ = case
+    result = fold(updates, by)
+    bits = MANTISSA_BITS[result.dtype]
+    smallest = Fraction(float(torch.finfo(result.dtype).smallest_normal))
+    for i, got in enumerate(result.tolist()):
+        rows = [Fraction(float(update[i])) for update in updates]
+        exact = sum(w * y for w, y in zip(by, rows, strict=True)) / Fraction(sum(by))
+        if abs(exact) < smallest:
+            assert abs(Fraction(got) - exact) <= smallest / 2 ** (bits - 1)
+            continue
+        exponent = math.frexp(float(exact))[1]
+        half_a_unit = Fraction(2) ** (exponent - bits - 1)
+        slack = Fraction(1, 2**28) if bits == 24 else Fraction(1, 2 ** (23 - bits))
+        assert abs(Fraction(got) - exact) <= half_a_unit * (1 + slack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_one_client_is_reproduced(dtype: torch.dtype, data: st.DataObject) -> None:
+    update = torch.tensor(data.draw(st.lists(any_values(dtype), min_size=1))).to(dtype)
+    result = fold([update], [data.draw(weights)])
+    assert torch.equal(result, update)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_equal_updates_give_that_update(dtype: torch.dtype, data: st.DataObject) -> None:
+    update = torch.tensor(data.draw(st.lists(any_values(dtype), min_size=1))).to(dtype)
+    by = data.draw(st.lists(weights, min_size=2, max_size=8))
+    assert torch.equal(fold([update] * len(by), by), update)
+
+
+def test_a_small_value_survives_large_ones_that_cancel() -> None:
+    """A single fp64 sum would lose it: 2^20 * 2^28 + 2^-20 needs 69 bits."""
+    big, small = torch.tensor([2.0**20]), torch.tensor([2.0**-20])
+    updates, by = [big, small, -big], [2**28, 1, 2**28]
+    exact = torch.tensor([2.0**-20 / (2**29 + 1)], dtype=torch.float64).float()
+    assert torch.equal(fold(updates, by), exact)
+    assert not torch.equal(
+        sum(w * y.double() for w, y in zip(by, updates, strict=True)) / sum(by), exact.double()
+    )
+
+
+def test_every_block_and_shape_is_folded() -> None:
+    """Larger than a block of 65,536, not a multiple of it; 0-d, empty and non-contiguous."""
+    updates = [
+        {
+            "large": torch.randn(3, 70_001, generator=torch.Generator().manual_seed(k)),
+            "scalar": torch.tensor(1.0 + k),
+            "empty": torch.empty(0, 4),
+            "turned": torch.arange(6.0).reshape(2, 3).T + k,
+        }
+        for k in range(2)
+    ]
+    mean = RunningMean()
+    for update in updates:
+        mean.add(update, 1.0)
+    for name, value in mean.result().items():
+        # fp64 holds the sum of two fp32 numbers of like size; halving is exact
+        expected = ((updates[0][name].double() + updates[1][name].double()) / 2).float()
+        assert torch.equal(value, expected), name
+
+
+def test_inputs_stay_as_they_are() -> None:
+    update = {"x": torch.arange(4.0)}
+    mean = RunningMean()
+    mean.add(update, 3.0)
+    mean.result()["x"].zero_()
+    assert torch.equal(update["x"], torch.arange(4.0))
+    assert torch.equal(mean.result()["x"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan])
+def test_a_weight_that_is_not_positive_is_an_error(weight: float) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        RunningMean().add({"x": torch.ones(1)}, weight)
+
+
+def test_no_update_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no update"):
+        RunningMean().result()

@@ -23,12 +23,12 @@ __all__ = [
 LABEL_COLUMNS = ("label", "labels", "sentiment", "category")
 
 
-def require_column(columns: Sequence[str], name: str, flag: str) -> str:
-    """`name`, or a DataError that names `flag`, what there is, and the nearest name."""
+def require_column(columns: Sequence[str], name: str, flag: str, or_else: str = "") -> str:
+    """`name`, or a DataError with `flag`, what there is, the nearest name or other ways."""
     if name in columns:
         return name
     near = difflib.get_close_matches(name, columns, n=1)
-    fix = f"did you mean {flag} {near[0]}?" if near else f"set {flag} to one of these columns."
+    fix = f"did you mean {flag} {near[0]}?" if near else f"set {flag} to one of these columns{or_else}."
     raise DataError(
         f"{flag}: expected a column of the data ({', '.join(columns)}), received {name!r}. "
         f"Fix: {fix}"

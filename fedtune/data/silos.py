@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from fedtune.config import DataArguments
-from fedtune.data.columns import find_label_column, names_of
+from fedtune.data.columns import find_label_column, names_of, require_column
 from fedtune.data.load import load_split
 from fedtune.data.partition import partition
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError
 
 __all__ = ["Silos", "make_silos"]
 
@@ -72,13 +72,12 @@ def _partition_column(rows: Dataset, data: DataArguments, label: str | None) -> 
     if data.partition in ("iid", "size"):
         return None
     if data.partition_column is not None:
-        if data.partition_column not in rows.column_names:
-            raise DataError(
-                f"--partition_column: expected a column of the data "
-                f"({', '.join(rows.column_names)}), received {data.partition_column!r}. "
-                "Fix: name one of these, or deal the rows with --partition iid."
-            )
-        return data.partition_column
+        return require_column(
+            rows.column_names,
+            data.partition_column,
+            "--partition_column",
+            or_else=", or deal the rows without one: --partition iid",
+        )
     if data.partition == "dirichlet" and label is not None:
         return label
     raise ConfigError(

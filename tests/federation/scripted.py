@@ -1,0 +1,178 @@
+"""Clients without a Trainer: a script says what each answers, so that every wrong answer is easy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedtune.adapters import Entry, Manifest
+from fedtune.client.app import client_name
+from fedtune.engines._compat import task_identity
+from fedtune.engines.inline import InlineGrid
+from fedtune.server.app import ServerRun, server_app
+from fedtune.transport.messages import RoundTask, pack
+from fedtune.transport.records import params_of, to_arrays
+
+SHAPES = {"a": (2, 3), "b": (3,)}
+MANIFEST = Manifest(
+    peft_type="LORA",
+    base_hash="base",
+    adapter_config={"peft_type": "LORA", "r": 2},
+    entries={name: Entry(shape, "float32") for name, shape in SHAPES.items()},
+    export={name: name for name in SHAPES},
+)
+
+# Changes the content of a good reply, or raises; (content, task) -> content.
+Answer = Callable[[RecordDict, RoundTask], RecordDict]
+
+
+def first_params() -> dict[str, Tensor]:
+    """Zeros."""
+    return {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+
+
+def good(content: RecordDict, task: RoundTask) -> RecordDict:
+    """What an honest client sends."""
+    return content
+
+
+@dataclass
+class Script:
+    """Answers by client name; others are honest: they add their number to the global values.
+
+    Attributes:
+        answers: client name -> what it does with its good reply.
+        tasks: every task that was handed out, as (client, task).
+        evaluated: first value of `b` at each evaluation.
+        eval_loss: eval loss of the global parameters.
+    """
+
+    answers: dict[str, Answer] = field(default_factory=dict)
+    eval_loss: Callable[[dict[str, Tensor]], float] = lambda params: 1.0
+    tasks: list[tuple[str, RoundTask]] = field(default_factory=list)
+    evaluated: list[float] = field(default_factory=list)
+
+    def app(self) -> ClientApp:
+        """The ClientApp of all clients."""
+        app = ClientApp()
+
+        @app.query("initial")
+        def initial(message: Message, context: Context) -> Message:
+            content = pack(arrays=first_params(), config={"manifest": MANIFEST.to_json()})
+            return Message(content, reply_to=message)
+
+        @app.query("setup")
+        def setup(message: Message, context: Context) -> Message:
+            return Message(pack(config={"client": name_of(context)}), reply_to=message)
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            name, task = name_of(context), RoundTask.of(message.content)
+            self.tasks.append((name, task))
+            params = params_of(message.content.array_records["arrays"])
+            content = honest_reply(name, task, {k: v + number_of(name) for k, v in params.items()})
+            return Message(self.answers.get(name, good)(content, task), reply_to=message)
+
+        @app.evaluate()
+        def evaluate(message: Message, context: Context) -> Message:
+            params = params_of(message.content.array_records["arrays"])
+            self.evaluated.append(float(params["b"][0]))
+            metrics = {"eval_loss": self.eval_loss(params), "num-examples": 5}
+            config = {"round": message.content.config_records["config"]["round"]}
+            return Message(pack(metrics=metrics, config=config), reply_to=message)
+
+        return app
+
+
+def name_of(context: Context) -> str:
+    """The client that a context belongs to."""
+    node = context.node_config
+    return client_name(int(node["partition-id"]), int(node["num-partitions"]))
+
+
+def number_of(name: str) -> int:
+    """`client-3` -> 4."""
+    return int(name.rpartition("-")[2]) + 1
+
+
+def honest_reply(name: str, task: RoundTask, params: dict[str, Tensor]) -> RecordDict:
+    """Every record of a good update; 10 examples and 100 tokens."""
+    return pack(
+        arrays=params,
+        metrics={
+            "num-examples": 10,
+            "num-tokens": 100,
+            "num-steps": 4,
+            "train-loss": 2.0,
+            "train-s": 0.1,
+        },
+        config={"client": name, "round": task.round, "manifest": task.manifest},
+    )
+
+
+def replaced(content: RecordDict, **tensors: Tensor | None) -> RecordDict:
+    """The reply with other tensors; None removes one."""
+    params = {**params_of(content.array_records["arrays"]), **tensors}
+    content["arrays"] = to_arrays({k: v for k, v in params.items() if v is not None})
+    return content
+
+
+def counted(content: RecordDict, **metrics: Any) -> RecordDict:
+    """The reply with other metrics (`_` stands for `-`); None removes one."""
+    new = {**content.metric_records["metrics"]}
+    new.update({name.replace("_", "-"): value for name, value in metrics.items()})
+    content["metrics"] = MetricRecord({k: v for k, v in new.items() if v is not None})
+    return content
+
+
+def configured(content: RecordDict, **config: Any) -> RecordDict:
+    """The reply with other config values."""
+    content.config_records["config"].update(config)
+    return content
+
+
+def with_arrays(content: RecordDict, arrays: ArrayRecord | None) -> RecordDict:
+    """The reply with another parameter record, or with none."""
+    del content["arrays"]
+    if arrays is not None:
+        content["arrays"] = arrays
+    return content
+
+
+class ScriptedGrid(InlineGrid):
+    """An inline grid whose network misbehaves: `deliver` sees every reply before the server does."""
+
+    def __init__(
+        self,
+        client: ClientApp,
+        num_clients: int,
+        deliver: Callable[[Message], Iterable[Message]] = lambda reply: [reply],
+    ) -> None:
+        super().__init__(client, num_clients)
+        self._deliver = deliver
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [out for reply in super().pull_messages(message_ids) for out in self._deliver(reply)]
+
+
+def serve(run: ServerRun, script: Script, **grid: Any) -> ServerRun:
+    """Run a ServerApp against scripted clients; the result or the error is in `run`."""
+    with task_identity(1, 1):
+        app = script.app()
+        context = InlineGrid(app, 1)._contexts[2]
+        server_app(run)(ScriptedGrid(app, run.num_clients, **grid), context)
+    return run
+
+
+@contextmanager
+def in_a_task() -> Iterator[None]:
+    """Messages can be built while entered."""
+    with task_identity(1, 1):
+        yield

@@ -7,8 +7,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-# Nothing below calls out; Flower's and Ray's telemetry is off.
-OFFLINE := FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 HF_HUB_OFFLINE=1 \
+# Nothing below calls out; Flower's and Ray's telemetry is off. Ray would run its workers at nice 15.
+OFFLINE := RAY_worker_niceness=0 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 HF_HUB_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help install demo test test-slow lint bench clean
@@ -20,7 +20,7 @@ help: ## list the targets
 install: $(VENV)/.dev ## .venv with fedtune, its extras and the development tools
 
 demo: $(VENV)/.base ## federated LoRA against centralized and local training, with a report
-	$(OFFLINE) $(VENV)/bin/python recipes/lora_sft.py --compare all
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python recipes/lora_sft.py --compare all
 
 test: $(VENV)/.dev ## the tests, without the slow ones
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
@@ -35,7 +35,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## the benchmarks, one table each
 	@for file in benchmarks/*.py; do echo "== $$file"; \
-	$(OFFLINE) $(VENV)/bin/python "$$file" || exit 1; done
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python "$$file" || exit 1; done
 
 clean: ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

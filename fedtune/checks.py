@@ -180,7 +180,7 @@ def _strategy(args: Arguments) -> str | None:
     known = [setting for name in names for setting in setting_names(name)]
     for setting in strategy_settings(fed.strategy_args):
         if setting not in known:
-            hint = nearest(setting, known) if known else "It has none."
+            hint = nearest(setting, known) if known else "It has none: leave it out."
             return f"--strategy_args: {setting!r} is no setting of {fed.strategy}. {hint}"
     return None
 
@@ -204,9 +204,12 @@ def _engine(args: Arguments) -> str | None:
 
 def _output(args: Arguments) -> str | None:
     if args.run.resume and args.run.overwrite:
-        return "--resume and --overwrite are both set: one keeps the earlier run, one deletes it."
-    start, output = args.adapter.init_adapter, Path(args.training.output_dir).absolute()
-    if start and args.run.overwrite and output in (Path(start).absolute(), *Path(start).absolute().parents):
+        return (
+            "--resume and --overwrite are both set: one keeps the earlier run, one deletes it. "
+            "Keep one of them."
+        )
+    start, output = args.adapter.init_adapter, Path(args.training.output_dir).resolve()
+    if start and args.run.overwrite and Path(start).resolve().is_relative_to(output):
         return (
             f"--init_adapter {start} lies in the run that --overwrite deletes. Write to another "
             "--output_dir."

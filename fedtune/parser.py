@@ -34,6 +34,8 @@ GROUPS: tuple[tuple[str, str, type], ...] = (
     ("run", "Run", config.RunArguments),
 )
 
+KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+
 _UNSET: Any = object()
 
 
@@ -60,6 +62,10 @@ class Parser(HfArgumentParser):
         """Raise what argparse would print; a wrong choice gets a suggestion."""
         # argparse joins both spellings of a flag: --num_rounds/--num-rounds
         message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
+        typed = re.fullmatch(r"(--\w+): invalid (\w+) value: (.*)", message)
+        if typed:
+            kind = KINDS.get(typed[2], typed[2])
+            message = f"{typed[1]}: expected {kind}, received {typed[3]}. Correct the value"
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         hint = nearest(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else ""
         raise ConfigError(f"{message.rstrip('.')}. {hint}".strip())

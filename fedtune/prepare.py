@@ -15,7 +15,7 @@ from fedtune.client.worker import BuildModel, BuildTrainer, Worker
 from fedtune.config import Arguments
 from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
-from fedtune.errors import ManifestError
+from fedtune.errors import FedtuneError, ManifestError
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client"]
 
@@ -84,8 +84,11 @@ def _with_seed(args: Arguments, seed: int) -> Arguments:
 
 
 def _check_init_adapter(directory: str, manifest: Manifest) -> None:
-    load_init_adapter(directory, manifest)
-    _, _, found = load_exported(directory)
+    try:
+        load_init_adapter(directory, manifest)
+        _, _, found = load_exported(directory)
+    except FedtuneError as error:
+        raise type(error)(f"--init_adapter: {error}") from None
     if found.hash != manifest.hash:
         raise ManifestError(
             f"--init_adapter {directory}: expected an adapter of this base model and these "

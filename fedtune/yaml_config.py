@@ -58,11 +58,16 @@ def load_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise ConfigError(f"cannot read config file {file}: {error.strerror}.") from None
+        raise ConfigError(
+            f"--config: cannot read {file}: {error.strerror}. Paths start at the working directory."
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text. --config expects a YAML file.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{file} is not valid YAML: expected `name: value` lines, received an error"
+            f"{_where(error)}. Correct the file."
+        ) from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     if values is None:
@@ -72,6 +77,13 @@ def load_yaml(file: Path) -> dict[str, Any]:
             f"{file}: expected `name: value` lines, received a {type(values).__name__}."
         )
     return {str(key): value for key, value in values.items()}
+
+
+def _where(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return ""
+    mark = error.problem_mark
+    return f" at line {mark.line + 1}, column {mark.column + 1} ({error.problem})"
 
 
 def coerce(hint: Any, value: Any) -> Any:

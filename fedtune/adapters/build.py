@@ -205,7 +205,7 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise _no_model(path, "a tokenizer beside the model", error) from None
+        raise _no_model(path, "a tokenizer beside the model, received none that loads") from error
     return tokenizer
 
 

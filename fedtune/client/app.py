@@ -12,17 +12,15 @@ from fedtune.client.worker import Worker
 from fedtune.transport.messages import RoundTask, pack
 from fedtune.transport.records import config_of, params_of, to_arrays
 
-__all__ = ["client_app", "client_name"]
-
-
-def client_name(partition_id: int, num_partitions: int) -> str:
-    """`client-03`: as many digits as sorting by name needs."""
-    return f"client-{partition_id:0{len(str(num_partitions - 1))}d}"
+__all__ = ["client_app"]
 
 
 def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
     """A Flower ClientApp; `get_worker` returns this process's worker."""
     app = ClientApp()
+
+    def name_of(context: Context) -> str:
+        return get_worker().names[int(context.node_config["partition-id"])]
 
     @app.query("initial")
     def initial(message: Message, context: Context) -> Message:
@@ -37,13 +35,13 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
     def setup(message: Message, context: Context) -> Message:
         manifest = Manifest.from_json(str(config_of(message.content)["manifest"]))
         get_worker().set_up(manifest, params_of(message.content.array_records["arrays"]))
-        return Message(pack(config={"client": _name(context)}), reply_to=message)
+        return Message(pack(config={"client": name_of(context)}), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         task = RoundTask.of(message.content)
         params = params_of(message.content.array_records["arrays"])
-        result = get_worker().train_round(_name(context), task, params)
+        result = get_worker().train_round(name_of(context), task, params)
         content = pack(
             arrays=result.params,
             metrics={
@@ -53,7 +51,7 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
                 "train-loss": result.train_loss,
                 "train-s": result.train_s,
             },
-            config={"client": _name(context), "round": task.round, "manifest": task.manifest},
+            config={"client": name_of(context), "round": task.round, "manifest": task.manifest},
         )
         return Message(content, reply_to=message)
 
@@ -64,15 +62,10 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
         content = pack(
             metrics={**metrics, "num-examples": num_examples},
             config={
-                "client": _name(context),
+                "client": name_of(context),
                 "round": int(str(config_of(message.content)["round"])),
             },
         )
         return Message(content, reply_to=message)
 
     return app
-
-
-def _name(context: Context) -> str:
-    node = context.node_config
-    return client_name(int(node["partition-id"]), int(node["num-partitions"]))

@@ -41,8 +41,15 @@ class BatchCounter:
         labels = kwargs.get("labels")
         if not model.training or not torch.is_grad_enabled() or labels is None:
             return
-        self.examples += len(labels)
+        self.examples += _rows(labels, kwargs.get("position_ids"))
         if self._shifted and labels.dim() > 1:
             labels = labels[..., 1:]
         # Kept as tensors: reading a number here would wait for the device at every step.
         self._tokens.append((labels != IGNORED).sum())
+
+
+def _rows(labels: Tensor, position_ids: Tensor | None) -> int:
+    """Rows of a batch; packed without padding they lie in one line, each starting at position 0."""
+    if position_ids is not None and len(labels) == 1:
+        return int((position_ids == 0).sum())
+    return len(labels)

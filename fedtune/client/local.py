@@ -78,9 +78,9 @@ def train_round(
         args.ignore_data_skip = False
     else:
         seed = derive_seed(task.seed, client, task.round)
-        checkpoint = _blank_checkpoint(state_dir, first_step)
+        checkpoint = _blank_checkpoint(trainer, state_dir, first_step)
         args.ignore_data_skip = True
-        args.data_seed = seed
+        trainer.accelerator.dataloader_config.data_seed = seed  # read once, when it was built
         set_seed(seed)
     callback = _RoundCallback(params, manifest, first_step, steps, save=task.carry)
     counter = BatchCounter(
@@ -193,13 +193,15 @@ def _carried(state_dir: Path, resume_round: int) -> Path | None:
     return directory
 
 
-def _blank_checkpoint(state_dir: Path, step: int) -> Path | None:
+def _blank_checkpoint(trainer: Trainer, state_dir: Path, step: int) -> Path | None:
     """A checkpoint that holds the step alone: Trainer then builds optimizer and RNG afresh."""
     if not step:
         return None
     directory = state_dir / "blank"
     directory.mkdir(parents=True, exist_ok=True)
-    TrainerState(global_step=step).save_to_json(str(directory / TRAINER_STATE_NAME))
+    state = TrainerState(global_step=step, train_batch_size=trainer.args.train_batch_size)
+    state.compute_steps(trainer.args, trainer.args.max_steps)
+    state.save_to_json(str(directory / TRAINER_STATE_NAME))
     return directory
 
 

@@ -18,7 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 
-from fedtune.adapters import Manifest, collect, collect_static, describe, load_static
+from fedtune.adapters import (
+    Manifest,
+    collect,
+    collect_static,
+    describe,
+    keep_trainable,
+    load_static,
+)
 from fedtune.client.local import LocalResult, evaluate, train_round
 from fedtune.config import Arguments
 from fedtune.errors import ManifestError
@@ -37,7 +44,7 @@ class Worker:
     Attributes:
         build_model: recipe function: model and tokenizer; called once per process.
         build_trainer: recipe function: a Trainer; called once per client.
-        train: rows of each client.
+        train: rows of each client, by name.
         evaluation: the pooled held-out rows.
         work_dir: where clients keep their state.
     """
@@ -81,6 +88,7 @@ class Worker:
         if self._live is None:
             set_seed(self.args.training.seed)
             self._live = self.build_model(self.args)
+            keep_trainable(self._live[0])
         return self._live
 
     @property
@@ -97,6 +105,11 @@ class Worker:
     def manifest(self) -> Manifest:
         """What this model trains, as the server and the other clients must see it."""
         return describe(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Clients in the order of the simulation's nodes."""
+        return list(self.train)
 
     @property
     def evaluator(self) -> str:

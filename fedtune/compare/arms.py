@@ -72,11 +72,8 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     worker.args.training.per_device_train_batch_size *= batch_factor
     rows = concatenate_datasets(list(worker.train.values()))
     trainer = worker.new_trainer(rows, worker.evaluation, name)
-    training = trainer.args
     marks = [int(record["samples"]) for record in given.history[1:]]
-    batch = training.train_batch_size * training.gradient_accumulation_steps
-    num_rows = trainer.num_examples(trainer.get_train_dataloader())
-    steps = steps_for_samples(marks[-1], num_rows, batch)
+    steps = steps_for_samples(marks[-1], len(rows), steps_of(trainer, epochs=1))
     run = _train(given, name, trainer, max_steps=steps, marks=marks, mark_by="samples")
     _export(given, name, run.params)
     return of_history(run.history)

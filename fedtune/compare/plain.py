@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,11 +66,10 @@ def run_plain(
     return run
 
 
-def steps_for_samples(samples: int, rows: int, batch: int) -> int:
-    """Optimizer steps until `samples` are seen, when the last batch of an epoch may be short."""
-    per_epoch = -(-rows // batch)
+def steps_for_samples(samples: int, rows: int, steps_per_epoch: int) -> int:
+    """Optimizer steps until `samples` are seen, of which an epoch has `rows`."""
     epochs, rest = divmod(samples, rows)
-    return max(1, epochs * per_epoch + -(-rest // batch))
+    return max(1, epochs * steps_per_epoch + math.ceil(rest / rows * steps_per_epoch))
 
 
 class _Marks(TrainerCallback):
@@ -106,7 +106,7 @@ class _Marks(TrainerCallback):
             control.should_log = True
             # An evaluation draws from the global RNG; training must not notice.
             self._rng = torch.random.get_rng_state()
-            control.should_training_stop = len(self._marks) == 1
+            control.should_training_stop = self._reached(state) >= self._marks[-1]
         return control
 
     def on_log(
@@ -143,7 +143,9 @@ class _Marks(TrainerCallback):
                 _record(number, metrics or {}, self._counter, train_loss, seconds)
             )
 
-    def _reached(self, state: TrainerState) -> int:
+    def _reached(self, state: TrainerState) -> float:
+        if state.global_step >= state.max_steps:  # packed rows hold a varying number of samples
+            return math.inf
         return self._counter.examples if self._mark_by == "samples" else state.global_step
 
 

@@ -28,7 +28,11 @@ def require_column(columns: Sequence[str], name: str, flag: str, or_else: str = 
     if name in columns:
         return name
     near = difflib.get_close_matches(name, columns, n=1)
-    fix = f"did you mean {flag} {near[0]}?" if near else f"set {flag} to one of these columns{or_else}."
+    fix = (
+        f"did you mean {flag} {near[0]}?"
+        if near
+        else f"set {flag} to one of these columns{or_else}."
+    )
     raise DataError(
         f"{flag}: expected a column of the data ({', '.join(columns)}), received {name!r}. "
         f"Fix: {fix}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.adapters import Manifest, check, load_exported
+from fedtune.adapters import Manifest, check, load_init_adapter
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.rounds import Plan, RoundHook, run_rounds
@@ -36,7 +36,7 @@ class ServerRun:
         num_clients: nodes to wait for.
         on_round: called with the state and the record of every finished round.
         start: state to continue from, or None to begin.
-        init_adapter: directory of the first global adapter, or None to ask a client.
+        init_adapter: directory of the first global adapter, or None to take a client's.
         result: the last state, once the run is over.
     """
 
@@ -94,11 +94,11 @@ def _wait_for_nodes(get_node_ids: Callable[[], list[int]], count: int) -> list[i
 
 
 def _first_state(grid: EagerGrid, node: int, init_adapter: Path | None) -> ServerState:
-    if init_adapter is not None:
-        params, static, manifest = load_exported(init_adapter)
-        return ServerState(round=0, params=params, static=static, manifest=manifest)
     (reply,) = _ask(grid, [Message(pack(config={"round": 0}), node, INITIAL)])
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
+    if init_adapter is not None:
+        params, static = load_init_adapter(init_adapter, manifest)
+        return ServerState(round=0, params=params, static=static, manifest=manifest)
     params = params_of(reply.content.array_records["arrays"])
     static_record = reply.content.array_records.get("static")
     static = params_of(static_record) if static_record else {}

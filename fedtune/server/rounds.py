@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies.shell import FedStrategy, Outcome, needed_replies
+from fedtune.strategies.updates import finite_or_none
 from fedtune.transport.grid import EagerGrid, Traffic
 from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import params_of, to_arrays
@@ -185,13 +187,16 @@ def _evaluate(
     metrics = strategy.aggregate_evaluate(number, replies)
     grid.traffic, grid.wait_s = traffic, wait_s
     plain = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
-    if "eval_loss" not in plain:
-        raise RoundError(f"evaluation of round {number}: expected a finite eval_loss, got none.")
+    if not math.isfinite(plain.get("eval_loss", math.nan)):
+        raise RoundError(
+            f"evaluation of round {number}: expected a finite eval_loss, received "
+            f"{plain.get('eval_loss')}. Lower the learning rate, or check the held-out rows."
+        )
     return plain, round(time.perf_counter() - started, 4)
 
 
 def _split_metrics(metrics: dict[str, float]) -> dict[str, Any]:
-    others = {key: value for key, value in metrics.items() if key != "eval_loss"}
+    others = {key: finite_or_none(value) for key, value in metrics.items() if key != "eval_loss"}
     return {"eval_loss": metrics["eval_loss"], "eval_metrics": others}
 
 

@@ -61,6 +61,7 @@ class EagerGrid:
             started = time.monotonic()
             replies = list(self.grid.pull_messages(pending))
             self.wait_s += time.monotonic() - started
+            idle = not replies
             while replies:
                 reply = replies.pop(0)
                 pending.discard(reply.metadata.reply_to_message_id)
@@ -70,6 +71,6 @@ class EagerGrid:
                 del reply
             if pending and deadline is not None and time.monotonic() > deadline:
                 return
-            if pending and time.monotonic() - started < self.poll_interval_s:
+            if idle:
                 time.sleep(self.poll_interval_s)
                 self.wait_s += self.poll_interval_s

@@ -4,8 +4,8 @@ python recipes/lora_sft.py                                     # the model and c
 python recipes/lora_sft.py --compare all --seeds 1,2,3
 python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl --partition iid
 
-Rows: instruction/input/output, question/answer, prompt/completion, messages, or text. With a prompt
-the loss covers the answer only. `--dry_run` shows rows, bytes and memory before anything is trained.
+Rows: instruction/input/output, question/answer, prompt/completion, messages, or text. Where there
+is a prompt, the loss covers the answer only. `--dry_run` shows rows, bytes, memory and steps first.
 """
 
 from trl import SFTTrainer

@@ -57,6 +57,7 @@ class AnswerTrainer(SFTTrainer):
     """SFTTrainer whose evaluation predicts the likeliest token at every position."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, predicted tokens and labels of a batch."""
         loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only=True)
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")

@@ -40,7 +40,7 @@ def build_model(args):
 
 
 def build_trainer(args, model, tokenizer, train, evaluation):
-    """A Trainer over one client's texts and labels; texts beyond the context are cut, and logged."""
+    """A Trainer over one client's texts and labels; what the context cannot hold is cut."""
     names = [name for _, name in sorted(model.config.id2label.items())]
     context = context_length(model.config)
     room = None if context is None else context - virtual_tokens(model)

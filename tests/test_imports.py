@@ -11,8 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 LEVELS = (
     {"errors"},
-    {"assets", "config", "files", "nearest", "yaml_config"},
-    {"hf_settings", "output", "parser", "ranges", "settings", "data", "report", "doctor"},
+    {"assets", "config", "files", "nearest"},
+    {"output", "ranges", "settings", "data", "report", "doctor"},
     {"adapters"},
     {"strategies", "streaming", "transport"},
     {"checks"},

@@ -6,8 +6,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from fedtune.errors import ConfigError
-from fedtune.hf_settings import DEFAULTS, OWNED
 from fedtune.settings import parse_arguments
+from fedtune.settings.hf_settings import DEFAULTS, OWNED
 
 
 def parse(*argv, recipe=None, training_class=SFTConfig):
@@ -161,7 +161,7 @@ def test_config_file_that_cannot_be_read(tmp_path):
         (["--num_r=3"], "unknown flag --num_r."),
         (["--lerning_rate", "1"], "Did you mean --learning_rate?"),
         (["3"], "unexpected argument '3'"),
-        (["--num_rounds", "x"], "--num_rounds: invalid int value: 'x'"),
+        (["--num_rounds", "x"], "--num_rounds: expected a whole number, received 'x'"),
         (["--num_rounds"], "--num_rounds: expected one argument"),
         (["--peft_method", "lorra"], "Did you mean lora?"),
         (["--resume", "maybe"], "--resume: Truthy value expected"),

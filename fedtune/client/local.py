@@ -200,7 +200,7 @@ def _blank_checkpoint(trainer: Trainer, state_dir: Path, step: int) -> Path | No
     directory = state_dir / "blank"
     directory.mkdir(parents=True, exist_ok=True)
     state = TrainerState(global_step=step, train_batch_size=trainer.args.train_batch_size)
-    state.compute_steps(trainer.args, trainer.args.max_steps)
+    state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]
     state.save_to_json(str(directory / TRAINER_STATE_NAME))
     return directory
 

@@ -73,7 +73,9 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     rows = concatenate_datasets(list(worker.train.values()))
     trainer = worker.new_trainer(rows, worker.evaluation, name)
     marks = [int(record["samples"]) for record in given.history[1:]]
-    steps = steps_for_samples(marks[-1], len(rows), steps_of(trainer, epochs=1))
+    lines = trainer.num_examples(trainer.get_train_dataloader())
+    batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    steps = steps_for_samples(marks[-1], len(rows), lines, batch)
     run = _train(given, name, trainer, max_steps=steps, marks=marks, mark_by="samples")
     _export(given, name, run.params)
     return of_history(run.history)

@@ -66,10 +66,13 @@ def run_plain(
     return run
 
 
-def steps_for_samples(samples: int, rows: int, steps_per_epoch: int) -> int:
-    """Optimizer steps until `samples` are seen, of which an epoch has `rows`."""
+def steps_for_samples(samples: int, rows: int, lines: int, batch: int) -> int:
+    """Optimizer steps until `samples` are seen: an epoch has `rows` of them, packed into `lines`.
+
+    Exact when nothing is packed (`lines == rows`), also where the last batch of an epoch is short.
+    """
     epochs, rest = divmod(samples, rows)
-    return max(1, epochs * steps_per_epoch + math.ceil(rest / rows * steps_per_epoch))
+    return max(1, epochs * -(-lines // batch) + -(-rest * lines // (rows * batch)))
 
 
 class _Marks(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Clients without a Trainer: a script says what each answers, so that every wrong answer is easy."""
+"""Clients without a Trainer: a script says what each of them answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedtune.adapters import Entry, Manifest
-from fedtune.client.app import client_name
 from fedtune.engines._compat import task_identity
 from fedtune.engines.inline import InlineGrid
 from fedtune.server.app import ServerRun, server_app
@@ -50,12 +49,14 @@ class Script:
     Attributes:
         answers: client name -> what it does with its good reply.
         tasks: every task that was handed out, as (client, task).
+        set_up_as: name that every client gives itself at set-up; by default its own.
         evaluated: first value of `b` at each evaluation.
         eval_loss: eval loss of the global parameters.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     eval_loss: Callable[[dict[str, Tensor]], float] = lambda params: 1.0
+    set_up_as: str | None = None
     tasks: list[tuple[str, RoundTask]] = field(default_factory=list)
     evaluated: list[float] = field(default_factory=list)
 
@@ -70,7 +71,8 @@ class Script:
 
         @app.query("setup")
         def setup(message: Message, context: Context) -> Message:
-            return Message(pack(config={"client": name_of(context)}), reply_to=message)
+            name = self.set_up_as or name_of(context)
+            return Message(pack(config={"client": name}), reply_to=message)
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
@@ -93,8 +95,7 @@ class Script:
 
 def name_of(context: Context) -> str:
     """The client that a context belongs to."""
-    node = context.node_config
-    return client_name(int(node["partition-id"]), int(node["num-partitions"]))
+    return f"client-{context.node_config['partition-id']}"
 
 
 def number_of(name: str) -> int:
@@ -147,7 +148,7 @@ def with_arrays(content: RecordDict, arrays: ArrayRecord | None) -> RecordDict:
 
 
 class ScriptedGrid(InlineGrid):
-    """An inline grid whose network misbehaves: `deliver` sees every reply before the server does."""
+    """An inline grid with a bad network: `deliver` sees every reply before the server does."""
 
     def __init__(
         self,

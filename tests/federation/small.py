@@ -22,7 +22,8 @@ from fedtune.config import (
     ModelArguments,
     RunArguments,
 )
-from fedtune.engines.inline import run_inline
+from fedtune.engines._compat import task_identity
+from fedtune.engines.inline import InlineGrid, run_inline
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.rounds import Plan, RoundHook
@@ -188,3 +189,12 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def eval_losses(state: ServerState) -> list[float]:
     """Eval loss of every round, index 0 before training."""
     return [record["eval_loss"] for record in state.history]
+
+
+def run_on(worker: Worker, grid_type: type[InlineGrid], **given: Any) -> ServerState:
+    """`run_small` on another kind of grid."""
+    run = server_run(len(worker.train), **given)
+    with task_identity(1, 1):
+        grid = grid_type(client_app(lambda: worker), len(worker.train))
+        server_app(run)(grid, grid._contexts[2])
+    return result_of(run)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,11 @@ from tests.federation.scripted import (
     Script,
     configured,
     counted,
-    honest_reply,
     replaced,
     serve,
     with_arrays,
 )
-from tests.federation.small import eval_losses, nothing, result_of, server_run
+from tests.federation.small import eval_losses, result_of, server_run
 
 NAN, INF = float("nan"), float("inf")
 
@@ -62,7 +62,10 @@ BAD: dict[str, tuple[Answer, str]] = {
     "nothing": (lambda c, t: RecordDict(), "stale: expected round 1, received None"),
     "stale": (lambda c, t: configured(c, round=t.round - 1), "stale: expected round 1, received 0"),
     "early": (lambda c, t: configured(c, round=t.round + 1), "stale: expected round 1, received 2"),
-    "round-as-text": (lambda c, t: configured(c, round="1"), "stale: expected round 1, received '1"),
+    "round-as-text": (
+        lambda c, t: configured(c, round="1"),
+        "stale: expected round 1, received '1",
+    ),
     "manifest": (lambda c, t: configured(c, manifest="0" * 64), "other adapter.*received 0000"),
     "manifest-type": (lambda c, t: configured(c, manifest=3), "other adapter"),
     "no-examples": (lambda c, t: counted(c, num_examples=None), "num-examples.*received None"),
@@ -92,7 +95,7 @@ def test_a_bad_update_is_refused_and_the_others_are_folded(name: str) -> None:
     assert [reply["client"] for reply in record["replies"]] == ["client-0", "client-2"]
     (refused,) = record["refused"]
     assert (refused["client"], refused["node"]) == ("client-1", 3)
-    assert pytest.approx(refused["reason"]) and __import__("re").search(reason, refused["reason"])
+    assert re.search(reason, refused["reason"])
     assert "\n" not in refused["reason"]
     assert len(refused["reason"]) <= 300
     assert all(torch.equal(value, torch.full_like(value, 2.0)) for value in state.params.values())
@@ -132,7 +135,9 @@ def test_an_answer_that_comes_twice_counts_once() -> None:
         serve(
             server_run(2, num_rounds=1),
             Script(),
-            deliver=lambda reply: [reply, reply] if reply.metadata.message_type == "train" else [reply],
+            deliver=lambda reply: (
+                [reply, reply] if reply.metadata.message_type == "train" else [reply]
+            ),
         )
     )
     record = state.history[1]
@@ -149,28 +154,18 @@ def test_an_answer_of_a_client_that_was_not_asked_is_refused(stranger: int) -> N
     def deliver(reply: Message) -> Iterable[Message]:
         yield reply
         if reply.metadata.message_type == "train":
-            vars(reply.metadata)["_src_node_id"] = stranger
-            yield reply
+            twin = copy.copy(reply)
+            vars(twin)["_metadata"] = copy.copy(reply.metadata)
+            vars(twin.metadata)["_src_node_id"] = stranger
+            yield twin
 
     script = Script()
     run = server_run(4, num_rounds=1, fraction_train=0.25, seed=3)
-    record = result_of(serve(run, script, deliver=lambda reply: list(twins(reply, stranger)))).history[1]
+    record = result_of(serve(run, script, deliver=deliver)).history[1]
     assert len(script.tasks) == len(record["replies"]) == 1
     (refused,) = record["refused"]
     assert refused["node"] == stranger
     assert refused["reason"] == "not asked, or answered twice"
-
-
-def twins(reply: Message, stranger: int) -> Iterable[Message]:
-    """The reply, and the same reply from another node."""
-    import copy
-
-    yield reply
-    if reply.metadata.message_type == "train":
-        twin = copy.copy(reply)
-        vars(twin)["_metadata"] = copy.copy(reply.metadata)
-        vars(twin.metadata)["_src_node_id"] = stranger
-        yield twin
 
 
 @pytest.mark.parametrize(
@@ -192,13 +187,16 @@ def test_needed_replies(min_replies: str | None, asked: int, needed: int) -> Non
     assert needed_replies(min_replies, asked) == needed
 
 
-@pytest.mark.parametrize(("min_replies", "bad", "fails"), [
-    (None, 1, True),
-    ("3", 1, False),
-    ("3", 2, True),
-    ("0.5", 2, False),
-    ("0.5", 3, True),
-])
+@pytest.mark.parametrize(
+    ("min_replies", "bad", "fails"),
+    [
+        (None, 1, True),
+        ("3", 1, False),
+        ("3", 2, True),
+        ("0.5", 2, False),
+        ("0.5", 3, True),
+    ],
+)
 def test_too_few_good_updates_fail_the_round(min_replies: str, bad: int, fails: bool) -> None:
     script = Script({f"client-{k}": raising for k in range(bad)})
     run = serve(server_run(4, min_replies=min_replies, num_rounds=1, max_failed_rounds=0), script)
@@ -244,7 +242,7 @@ def test_a_failed_round_keeps_the_model_and_is_tried_again(tmp_path: Path) -> No
 
 
 def test_another_attempt_asks_another_sample() -> None:
-    """Whoever was asked first in round 1 fails; some later sample of 3 out of 9 does without them."""
+    """Whoever was asked first in round 1 fails; a later sample of 3 of 9 does without."""
     script = Script()
     down = set(sample_clients([f"client-{k}" for k in range(9)], 3, "42/1/1")[:1])
     for name in down:
@@ -284,8 +282,7 @@ def test_a_network_that_swallows_answers_runs_into_the_time_limit() -> None:
         ("client-1", "no reply within the round's time limit")
     ]
     assert 0.2 <= record["wall_s"] < 2
-    assert record["time"]["wait"] > 0.1
-    assert torch.equal(torch.tensor(record["samples"]), torch.tensor(20))
+    assert record["samples"] == 20
 
 
 def test_clients_that_never_answer_end_the_run() -> None:
@@ -354,17 +351,9 @@ def test_a_sample_does_not_depend_on_the_order_of_names() -> None:
 
 
 def test_clients_with_the_same_name_are_noticed() -> None:
-    class Twins(Script):
-        def app(self) -> Any:
-            app = super().app()
-            return lambda message, context: app(message, context0)
-
-    context0: Any = None
-    script = Script()
-    from fedtune.engines.inline import _context
-
-    context0 = _context(0, 2)
-    app = script.app()
-    script.app = lambda: lambda message, context: app(message, context0)  # type: ignore[method-assign,assignment,return-value]
-    with pytest.raises(RoundError, match=r"expected 2 clients, \['client-0'\]"):
-        result_of(serve(server_run(2, on_round=nothing), script))
+    """Every node answers set-up as client-0."""
+    script = Script(set_up_as="client-0")
+    with pytest.raises(
+        RoundError, match=r"expected 2 clients, \['client-0', 'client-0'\] answered"
+    ):
+        result_of(serve(server_run(2), script))

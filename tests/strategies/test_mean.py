@@ -39,7 +39,7 @@ def adapters(draw: st.DrawFn) -> tuple[list[Tensor], list[int], list[int]]:
     """2 to 6 clients, their weights and a permutation; magnitudes from 2^-20 to 2^20.
 
     A product has its last bit at 2^-43 or above and the sum stays below 2^51, so high and low part
-    (106 bits) hold it exactly. Cancelling values are in there: each value may be another's negative.
+    (106 bits) hold it exactly. Values cancel: each may be another's negative.
     """
     dtype = draw(st.sampled_from(DTYPES))
     clients, size = draw(st.integers(2, 6)), draw(st.integers(1, 4))

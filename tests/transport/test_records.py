@@ -137,7 +137,9 @@ HOSTILE: dict[str, tuple[str, tuple[int, ...], str, bytes]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_array_is_refused_by_name(name: str) -> None:
-    record = ArrayRecord({"good": Array("float32", (2, 2), NUMPY, GOOD), "q_proj": Array(*HOSTILE[name])})
+    record = ArrayRecord(
+        {"good": Array("float32", (2, 2), NUMPY, GOOD), "q_proj": Array(*HOSTILE[name])}
+    )
     with pytest.raises(ManifestError, match=r"^q_proj: expected .*, received \d+ bytes") as caught:
         params_of(record)
     assert "\n" not in str(caught.value)

@@ -13,8 +13,8 @@ from transformers.hf_argparser import string_to_bool
 
 from fedtune import config
 from fedtune.errors import ConfigError
-from fedtune.hf_settings import OWNED, defaults_for
 from fedtune.nearest import nearest
+from fedtune.settings.hf_settings import OWNED, defaults_for
 
 __all__ = [
     "GROUPS",

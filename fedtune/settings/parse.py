@@ -14,9 +14,9 @@ from typing import Any, get_type_hints
 
 from fedtune.config import Arguments, split_ints
 from fedtune.errors import ConfigError
-from fedtune.hf_settings import defaults_for
 from fedtune.nearest import nearest
-from fedtune.parser import (
+from fedtune.settings.hf_settings import defaults_for
+from fedtune.settings.parser import (
     GROUPS,
     Parser,
     build_parser,
@@ -25,7 +25,7 @@ from fedtune.parser import (
     parse_flags,
     reject_owned,
 )
-from fedtune.yaml_config import NotOfType, coerce, load_yaml, type_name
+from fedtune.settings.yaml_config import NotOfType, coerce, load_yaml, type_name
 
 __all__ = ["parse_arguments"]
 

@@ -1,0 +1,194 @@
+"""Flags on a recipe, each in a run of seconds in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fedtune.server.store import RunStore
+from tests.recipes.runs import RECIPES, TINY, recipe, run_here, tree
+
+LORA = recipe("lora_sft")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(*flags)` in `tmp_path`, with --output_dir out; it must succeed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, script=LORA, refused=False):
+        done = run_here(script, *TINY, "--output_dir", "out", *flags)
+        assert done.status == (2 if refused else 0), done.err
+        return done
+
+    return run
+
+
+def summary(directory):
+    return json.loads((directory / "summary.json").read_text())
+
+
+def eval_loss(directory):
+    return summary(directory)["arms"]["federated"]["eval_loss"]
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+def test_dry_run_writes_nothing(script, run, tmp_path):
+    out = run("--dry_run", script=script).out
+    assert tree(tmp_path) == {}
+    assert "client-1    27" in out
+    assert "held out   6 rows" in out
+    assert "2 of 2 clients, 2 steps each" in out
+    assert "2 rounds, 1 seed(s), 8 steps" in out
+    assert " MB in both directions" in out
+    assert "memory     base model" in out
+
+
+def test_a_second_run(run, tmp_path):
+    """Refused; then resumed, which has nothing left to do; then replaced."""
+    run()
+    first = tree(tmp_path / "out")
+    assert "holds an earlier run" in run(refused=True).err
+    assert tree(tmp_path / "out") == first
+    loss = eval_loss(tmp_path / "out")
+    run("--resume")
+    assert eval_loss(tmp_path / "out") == loss
+    assert (tmp_path / "out" / "rounds.jsonl").read_bytes() == first["rounds.jsonl"]
+    again = tree(tmp_path / "out" / "adapter")
+    assert again == {name[8:]: data for name, data in first.items() if name[:8] == "adapter/"}
+    run("--overwrite", "--learning_rate", "1e-4")
+    assert eval_loss(tmp_path / "out")[0] == loss[0]
+    assert eval_loss(tmp_path / "out")[1:] != loss[1:]
+
+
+def test_an_interrupted_run_is_resumed(run, tmp_path, monkeypatch):
+    """Bit for bit the run that was never interrupted."""
+    run("--output_dir", "whole")
+    on_round = RunStore.on_round
+
+    def interrupt(store, state, record):
+        on_round(store, state, record)
+        if record["round"] == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "on_round", interrupt)
+        done = run_here(LORA, *TINY, "--output_dir", "out")
+    assert done.status == 130
+    assert "--resume" in done.err
+    assert not (tmp_path / "out" / "summary.json").exists()
+    run("--resume")
+    assert eval_loss(tmp_path / "out") == eval_loss(tmp_path / "whole")
+    assert tree(tmp_path / "out" / "adapter") == tree(tmp_path / "whole" / "adapter")
+
+
+def test_seeds(run, tmp_path):
+    run("--seeds", "1,2", "--compare", "local")
+    top = summary(tmp_path / "out")
+    seeds = [tmp_path / "out" / "seeds" / name for name in ("1", "2")]
+    for directory in seeds:
+        names = {path.name for path in directory.iterdir()}
+        assert {"summary.json", "rounds.jsonl", "adapter", "best", "arms", "loss.png"} <= names
+        assert "report.html" in names
+    one, two = (eval_loss(directory) for directory in seeds)
+    assert one != two
+    mean = [(a + b) / 2 for a, b in zip(one, two, strict=True)]
+    assert top["arms"]["federated"]["eval_loss"] == pytest.approx(mean, rel=1e-12)
+    assert [series["eval_loss"] for series in top["arms"]["federated"]["runs"]] == [one, two]
+    assert top["seeds"] == [1, 2]
+    assert math.isfinite(top["verdict"]["gain_over_local_pct"]["std"])
+    assert tree(tmp_path / "out" / "adapter") == tree(seeds[0] / "adapter")
+    run("--seed", "1", "--output_dir", "alone")
+    assert eval_loss(tmp_path / "alone") == one
+
+
+def test_client_state_reset(run, tmp_path):
+    run()
+    run("--client_state", "reset", "--output_dir", "reset")
+    kept, reset = eval_loss(tmp_path / "out"), eval_loss(tmp_path / "reset")
+    assert reset[0] == kept[0]
+    assert reset[2] != kept[2]
+
+
+def test_fraction_train(run, tmp_path):
+    run("--fraction_train", "0.5")
+    lines = (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["replies"]) for line in lines] == [1, 1]
+    assert summary(tmp_path / "out")["arms"]["federated"]["samples"] == [0, 8, 16]
+
+
+METHODS = ("dora", "ia3", "p_tuning", "prompt_tuning", "prefix_tuning", "none")
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_methods(method, script, run, tmp_path):
+    run("--peft_method", method, "--num_rounds", "1", script=script)
+    before, after = eval_loss(tmp_path / "out")
+    assert math.isfinite(after)
+    assert after != before
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("model" in names, "adapter" in names) == (method == "none", method != "none")
+
+
+def test_4bit(run, tmp_path):
+    run("--load_in_4bit", "--num_rounds", "1")
+    before, after = eval_loss(tmp_path / "out")
+    assert math.isfinite(after)
+    assert after != before
+
+
+def test_start_from_an_adapter(run, tmp_path):
+    run("--num_rounds", "1")
+    run("--num_rounds", "1", "--init_adapter", "out/adapter", "--output_dir", "next")
+    for path in (tmp_path / "out" / "adapter").glob("fedtune_*"):
+        path.unlink()  # what is left is PEFT's own
+    run("--num_rounds", "1", "--init_adapter", "out/adapter", "--output_dir", "plain")
+    end = eval_loss(tmp_path / "out")[-1]
+    for name in ("next", "plain"):
+        assert eval_loss(tmp_path / name)[0] == pytest.approx(end)
+
+
+def test_tensorboard(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run("--track", "tensorboard", "--num_rounds", "1")
+    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("flag", ["--text_column", "--label_column"])
+def test_columns_by_name(flag, run, tmp_path):
+    """A labelled file with names of its own."""
+    rows = [{"quote": f"a lovely day {i}", "mood": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["--text_column", "quote", "--label_column", "mood", "--train_file", "rows.jsonl"]
+    run(*names, "--num_rounds", "1", script=recipe("seq_cls_lora"))
+    without = [name for name in names if name not in (flag, names[names.index(flag) + 1])]
+    done = run(*without, "--output_dir", "two", script=recipe("seq_cls_lora"), refused=True)
+    assert flag in done.err
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+def test_the_yaml_shows_a_gain(script, tmp_path, monkeypatch):
+    """The settings in the YAML: better than untuned, and than each client alone."""
+    monkeypatch.chdir(tmp_path)
+    assert run_here(script, "--compare", "local", "--output_dir", "out").status == 0
+    arms = summary(tmp_path / "out")["arms"]
+    first, last = (arms["federated"]["eval_loss"][i] for i in (0, -1))
+    assert last < 0.7 * first
+    assert last < 0.7 * arms["local"]["eval_loss"][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+def test_real_text_and_a_pretrained_model(script, run, tmp_path, shared):
+    run(
+        *("--train_file", shared / "data" / "financial_phrasebank.jsonl", "--max_rows", "400"),
+        *("--model_name_or_path", shared / "models" / "stories260k", "--partition", "dirichlet"),
+        script=script,
+    )
+    losses = eval_loss(tmp_path / "out")
+    assert losses[-1] < losses[0]

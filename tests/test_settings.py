@@ -214,7 +214,7 @@ def test_a_flag_drops_the_detail_of_another_kind(recipe):
 
 
 def test_defaults_without_an_accelerator(monkeypatch):
-    monkeypatch.setattr("fedtune.settings._accelerator", lambda: False)
+    monkeypatch.setattr("fedtune.settings.parse._accelerator", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # the old name of activation checkpointing
         training = parse().training
@@ -246,7 +246,7 @@ def test_data_seed_does_not_follow_the_seed():
 
 def test_output_dir_is_named_after_the_recipe_and_new(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedtune.settings.time.strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr("fedtune.settings.parse.time.strftime", lambda _: "20260101-000000")
     first = parse(recipe="recipes/lora_sft.py").training.output_dir
     assert first == "outputs/lora_sft-20260101-000000"
     assert not Path(first).exists()

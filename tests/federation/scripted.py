@@ -49,6 +49,7 @@ class Script:
     Attributes:
         answers: client name -> what it does with its good reply.
         tasks: every task that was handed out, as (client, task).
+        initial: first global parameters, asked from one client.
         set_up_as: name that every client gives itself at set-up; by default its own.
         evaluated: first value of `b` at each evaluation.
         eval_loss: eval loss of the global parameters.
@@ -56,9 +57,13 @@ class Script:
 
     answers: dict[str, Answer] = field(default_factory=dict)
     eval_loss: Callable[[dict[str, Tensor]], float] = lambda params: 1.0
+    initial: Callable[[], dict[str, Tensor]] = first_params
     set_up_as: str | None = None
     tasks: list[tuple[str, RoundTask]] = field(default_factory=list)
     evaluated: list[float] = field(default_factory=list)
+
+    def set_up(self, name: str) -> None:
+        """Called when a client is set up."""
 
     def app(self) -> ClientApp:
         """The ClientApp of all clients."""
@@ -66,12 +71,13 @@ class Script:
 
         @app.query("initial")
         def initial(message: Message, context: Context) -> Message:
-            content = pack(arrays=first_params(), config={"manifest": MANIFEST.to_json()})
+            content = pack(arrays=self.initial(), config={"manifest": MANIFEST.to_json()})
             return Message(content, reply_to=message)
 
         @app.query("setup")
         def setup(message: Message, context: Context) -> Message:
             name = self.set_up_as or name_of(context)
+            self.set_up(name)
             return Message(pack(config={"client": name}), reply_to=message)
 
         @app.train()
@@ -163,12 +169,14 @@ class ScriptedGrid(InlineGrid):
         return [out for reply in super().pull_messages(message_ids) for out in self._deliver(reply)]
 
 
-def serve(run: ServerRun, script: Script, **grid: Any) -> ServerRun:
+def serve(
+    run: ServerRun, script: Script, grid_type: type[InlineGrid] = ScriptedGrid, **grid: Any
+) -> ServerRun:
     """Run a ServerApp against scripted clients; the result or the error is in `run`."""
     with task_identity(1, 1):
         app = script.app()
         context = InlineGrid(app, 1)._contexts[2]
-        server_app(run)(ScriptedGrid(app, run.num_clients, **grid), context)
+        server_app(run)(grid_type(app, run.num_clients, **grid), context)
     return run
 
 

@@ -18,6 +18,7 @@ from fedtune.client.local import derive_seed
 from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
 from fedtune.server.checkpoint import ServerState
+from fedtune.strategies import FixedGlobal
 from tests.federation.small import (
     ROUNDS,
     STEPS,
@@ -25,6 +26,7 @@ from tests.federation.small import (
     run_on,
     run_small,
     same_tensors,
+    small_rows,
     small_worker,
 )
 
@@ -164,8 +166,6 @@ def test_carry_continues_a_client_that_was_not_sampled(tmp_path: Path, accumulat
 def test_clients_do_not_see_each_other(tmp_path: Path) -> None:
     """With a fixed global, client 1 sees the same batches and takes the same steps with any number
     of other clients around it."""
-    from fedtune.strategies import FixedGlobal
-
     replies = []
     for clients in (2, 4):
         worker = watched(tmp_path / str(clients), clients=clients)
@@ -178,8 +178,6 @@ def test_clients_do_not_see_each_other(tmp_path: Path) -> None:
 
 def test_epoch_budget_with_clients_of_different_sizes(tmp_path: Path) -> None:
     """An epoch is 7 steps for 13 rows and 3 for 5 rows; each sees all its rows every round."""
-    from tests.federation.small import small_rows
-
     worker = watched(tmp_path, clients=2)
     worker.train["client-1"] = small_rows(5, seed=7)
     state = run_small(worker, steps=0, epochs=1.0)
@@ -294,3 +292,14 @@ def test_memory_and_disk_hold_one_optimizer(tmp_path: Path) -> None:
         assert kept[-1] == "round-00006"
         assert len(kept) <= 4
         assert not list((tmp_path / name).rglob("*.safetensors"))  # no weights
+
+
+def test_a_checkpoint_that_a_killed_run_left_is_ignored(tmp_path: Path) -> None:
+    """Killed between the Trainer's checkpoint of a later step and its renaming."""
+    calm = run_small(small_worker(tmp_path / "calm"))
+    torn = tmp_path / "killed" / "client-0" / "checkpoint-99"
+    torn.mkdir(parents=True)
+    (torn / "optimizer.pt").write_bytes(b"half")
+    state = run_small(small_worker(tmp_path / "killed"))
+    assert same_tensors(state.params, calm.params)
+    assert not torn.exists()

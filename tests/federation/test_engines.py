@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import torch
 from flwr.app import Message
 
 from fedtune.engines.inline import InlineGrid
+from fedtune.federate import federate
+from fedtune.server.app import server_app
 from fedtune.strategies import FixedGlobal
 from tests.federation.small import (
     ROUNDS,
     STEPS,
     arguments,
     build_model,
-    build_trainer,
     eval_losses,
+    result_of,
     run_on,
     run_small,
     same_tensors,
+    server_run,
     small_worker,
     training_arguments,
 )
@@ -122,13 +126,11 @@ def test_inline_twice_is_the_same_twice(tmp_path: Path) -> None:
     assert not same_tensors(states[0].params, other.params)
 
 
-# The functions of a recipe reach ray's actors by value: these read the environment of an actor.
 def build_model_in_actor(args: Any) -> Any:
+    """Leaves a note of how many threads the process has that builds the model."""
     model, tokenizer = build_model(args)
     directory = Path(args.training.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    import os
-
     (directory / f"threads-{os.getpid()}").write_text(str(torch.get_num_threads()))
     return model, tokenizer
 
@@ -138,8 +140,6 @@ def test_ray_is_inline(tmp_path: Path) -> None:
     """Equal bits at equal threads, for clients that wander between actors, skip rounds and drop
     out; actors use the threads that --cpus_per_client gives them.
     """
-    from fedtune.federate import federate
-
     results = []
     for engine in ("inline", "ray"):
         directory = tmp_path / engine
@@ -171,8 +171,6 @@ def test_ray_is_inline(tmp_path: Path) -> None:
 def test_cpus_per_client_are_its_threads(tmp_path: Path) -> None:
     """Two CPUs a client on two CPUs: one client at a time, with two threads."""
     from fedtune.engines.ray import run_ray
-    from fedtune.server.app import server_app
-    from tests.federation.small import result_of, server_run
 
     worker = small_worker(tmp_path / "clients", clients=3)
     worker.args = arguments(training_arguments(tmp_path / "model"))
@@ -183,4 +181,3 @@ def test_cpus_per_client_are_its_threads(tmp_path: Path) -> None:
     assert state.history[-1]["samples"] == 3 * (STEPS * 2)
     (actor,) = (tmp_path / "model").glob("threads-*")
     assert actor.read_text() == "2"
-    assert build_trainer is worker.build_trainer

@@ -162,11 +162,12 @@ def test_killed_before_a_durable_operation(lab: Lab, part: float) -> None:
 def test_killed_between_durable_rounds(
     killer: Killer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """With --save_every_rounds 2 clients roll back by a round or two, too."""
-    lab = Lab(killer, tmp_path_factory.mktemp("two"), save_every_rounds=2, num_rounds=5)
+    """Durable after rounds 3 and 6: killed in rounds 5 and 6, clients roll back to round 3."""
+    lab = Lab(killer, tmp_path_factory.mktemp("three"), save_every_rounds=3, num_rounds=6)
     operations = lab.whole.operations
-    hits = lab.survive("a", [{"kill_at": int(0.55 * operations)}, {"kill_at": operations // 6}])
-    assert hits == 2
+    assert lab.survive("late", [{"kill_at": int(0.85 * operations)}]) == 1
+    kills = [{"kill_at": int(0.75 * operations)}, {"kill_at": operations // 3}]
+    assert lab.survive("twice", kills) == 2
 
 
 @pytest.mark.slow

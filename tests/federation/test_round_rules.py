@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -285,18 +285,21 @@ def test_a_network_that_swallows_answers_runs_into_the_time_limit() -> None:
     assert record["samples"] == 20
 
 
+def without(kind: str) -> Callable[[Message], Iterable[Message]]:
+    """A network that swallows every answer of a kind."""
+    return lambda reply: [] if reply.metadata.message_type == kind else [reply]
+
+
 def test_clients_that_never_answer_end_the_run() -> None:
     run = server_run(2, num_rounds=1, round_timeout_s=0.1, max_failed_rounds=1)
-    silent = lambda reply: [] if reply.metadata.message_type == "train" else [reply]  # noqa: E731
     with pytest.raises(RoundError, match="round 1 failed 2 times: 0 of 2 needed.*time limit"):
-        result_of(serve(run, Script(), deliver=silent))
+        result_of(serve(run, Script(), deliver=without("train")))
 
 
 def test_an_evaluation_that_never_answers_ends_the_run() -> None:
     run = server_run(2, num_rounds=1, round_timeout_s=0.1)
-    silent = lambda reply: [] if reply.metadata.message_type == "evaluate" else [reply]  # noqa: E731
     with pytest.raises(RoundError, match="evaluation of round 0: no client answered"):
-        result_of(serve(run, Script(), deliver=silent))
+        result_of(serve(run, Script(), deliver=without("evaluate")))
 
 
 @pytest.mark.parametrize("loss", [NAN, INF])

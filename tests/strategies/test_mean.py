@@ -34,30 +34,31 @@ def any_values(dtype: torch.dtype) -> st.SearchStrategy[float]:
     )
 
 
+def magnitudes(low: float, high: float) -> st.SearchStrategy[float]:
+    """Sizes within [low, high], both ends more often than the middle."""
+    ends = [st.floats(low, 2 * low, width=32), st.floats(high / 2, high, width=32)]
+    return st.one_of(*ends, st.floats(low, high, width=32))
+
+
 @st.composite
 def adapters(draw: st.DrawFn) -> tuple[list[Tensor], list[int], list[int]]:
-    """2 to 6 clients, their weights and a permutation; magnitudes from 2^-20 to 2^20.
+    """3 to 6 clients, their weights and a permutation; magnitudes from 2^-20 to 2^20.
 
     A product has its last bit at 2^-43 or above and the sum stays below 2^51, so high and low part
-    (106 bits) hold it exactly. Values cancel: each may be another's negative.
+    (106 bits) hold it exactly. Terms cancel: each value may be another's negative, at equal weight.
     """
     dtype = draw(st.sampled_from(DTYPES))
-    clients, size = draw(st.integers(2, 6)), draw(st.integers(1, 4))
-    top = 2.0**15 if dtype == torch.float16 else 2.0**20
-    magnitude = st.floats(2.0**-14 if dtype == torch.float16 else 2.0**-20, top, width=32)
-    value = st.builds(lambda size, sign: size * sign, magnitude, st.sampled_from([-1, 0, 1]))
-    pool = draw(st.lists(value, min_size=1, max_size=5))
-    pool += [-value for value in pool]
-    rows = draw(
-        st.lists(
-            st.lists(st.sampled_from(pool), min_size=size, max_size=size),
-            min_size=clients,
-            max_size=clients,
-        )
-    )
-    by = draw(st.lists(weights, min_size=clients, max_size=clients))
+    clients, size = draw(st.integers(3, 6)), draw(st.integers(1, 4))
+    half = dtype == torch.float16
+    sizes = magnitudes(2.0**-14 if half else 2.0**-20, 2.0**15 if half else 2.0**20)
+    pool = [0.0, *draw(st.lists(sizes, min_size=2, max_size=4))]
+    values = st.sampled_from([sign * value for value in pool for sign in (1, -1)])
+    row = st.lists(values, min_size=size, max_size=size)
+    updates = draw(st.lists(row, min_size=clients, max_size=clients))
+    heavy = draw(st.lists(weights, min_size=1, max_size=2))
+    by = draw(st.lists(st.sampled_from(heavy), min_size=clients, max_size=clients))
     order = draw(st.permutations(range(clients)))
-    return [torch.tensor(row).to(dtype) for row in rows], by, list(order)
+    return [torch.tensor(update).to(dtype) for update in updates], by, list(order)
 
 
 @given(adapters())

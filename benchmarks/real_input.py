@@ -1,7 +1,8 @@
 """Federated against centralized and local-only on real text, several seeds, all arms.
 
-python benchmarks/real_input.py --shared ../shared --output_dir outputs/real
-python benchmarks/real_input.py --only iid-lora --seeds 1,2,3 --json real.json
+python benchmarks/real_input.py                     # one short case, about two minutes
+python benchmarks/real_input.py --full              # docs/results.md, some hours
+python benchmarks/real_input.py --full --only iid-lora --json real.json
 
 Each case is one recipe command, which is printed. A case that is already there is only read.
 """
@@ -23,6 +24,7 @@ COMMON = (
 )
 LORA = "--steps_per_round 20 --lora_r 8 --lora_target_modules all-linear --max_length 160"
 PROMPT = "--steps_per_round 10 --peft_method p_tuning --max_length 128"
+SHORT = " --num_rounds 3 --steps_per_round 5 --max_rows 800"
 DIRICHLET = "--partition dirichlet --partition_alpha 0.3"
 PHRASEBANK, SHAKESPEARE = "financial_phrasebank.jsonl", "tiny_shakespeare.jsonl"
 CASES = {
@@ -38,35 +40,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="data/ and models/")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/real"))
+    parser.add_argument("--full", action="store_true", help="all cases, whole runs, three seeds")
     parser.add_argument("--only", help="comma-separated cases: " + ", ".join(CASES))
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--seeds", help="default: 1,2,3 with --full, else 1")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     if not (args.shared / "models" / "stories260k").is_dir():
-        sys.exit(f"skipped: no models/stories260k in {args.shared}; point --shared at it")
+        print(f"skipped: no models/stories260k in {args.shared}; point --shared at it")
+        return
+    names = args.only.split(",") if args.only else list(CASES) if args.full else ["iid-lora"]
+    seeds = args.seeds or ("1,2,3" if args.full else "1")
     rows = []
-    for name in args.only.split(",") if args.only else CASES:
-        directory = args.output_dir / name
+    for name in names:
+        directory = args.output_dir / (name if args.full else f"{name}-short")
         if not (directory / "summary.json").is_file():
-            run(name, args.shared, args.seeds, directory)
+            run(name, args.shared, directory, f"--seeds {seeds}{'' if args.full else SHORT}")
         rows.append(row(name, directory))
     print_table(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 
 
-def command(name: str, shared: Path, seeds: str, directory: Path) -> list[str]:
+def command(name: str, shared: Path, directory: Path, extra: str) -> list[str]:
     data, flags = CASES[name]
     recipe = Path(__file__).parents[1] / "recipes" / "lora_sft.py"
     places = (
         f"--model_name_or_path {shared}/models/stories260k --train_file {shared}/data/{data} "
-        f"--seeds {seeds} --output_dir {directory}"
+        f"--output_dir {directory} {extra}"
     )
     return [sys.executable, str(recipe), *shlex.split(f"{COMMON} {flags} {places}")]
 
 
-def run(name: str, shared: Path, seeds: str, directory: Path) -> None:
-    words = command(name, shared, seeds, directory)
+def run(name: str, shared: Path, directory: Path, extra: str) -> None:
+    words = command(name, shared, directory, extra)
     if directory.exists():
         words.append("--resume")
     print(shlex.join(["python", "recipes/lora_sft.py", *words[2:]]), flush=True)
@@ -107,12 +113,17 @@ def print_table(rows: list[dict[str, object]]) -> None:
                 f"{100 * (ours / large - 1):>+8.2f}"
             )
         print(
-            f"{item['case']:<18}  mean gap {item['gap_pct']['mean']:+.2f} "
-            f"(std {item['gap_pct']['std']:.2f}), large batch {item['gap_large_pct']['mean']:+.2f} "
-            f"(std {item['gap_large_pct']['std']:.2f}), gain over local "
-            f"{item['gain_local_pct']['mean']:+.2f} (std {item['gain_local_pct']['std']:.2f}), "
-            f"parity {item['parity']}, fixed global flat {item['fixed_flat']}"
+            f"{item['case']:<18}  mean gap "
+            f"{spread(item['gap_pct'])}, large batch {spread(item['gap_large_pct'])}, gain over "
+            f"local {spread(item['gain_local_pct'])}, parity {item['parity']}, fixed global flat "
+            f"{item['fixed_flat']}"
         )
+
+
+def spread(value: dict[str, float | None]) -> str:
+    """Mean in percent, and the standard deviation where there are several seeds."""
+    std = "" if value["std"] is None else f" (std {value['std']:.2f})"
+    return f"{value['mean']:+.2f} %{std}"
 
 
 if __name__ == "__main__":

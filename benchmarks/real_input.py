@@ -23,7 +23,7 @@ COMMON = (
     "--eval_fraction 0.06 --per_device_eval_batch_size 16 --compare all"
 )
 LORA = "--steps_per_round 20 --lora_r 8 --lora_target_modules all-linear --max_length 160"
-PROMPT = "--steps_per_round 10 --peft_method p_tuning --max_length 128"
+PROMPT = "--steps_per_round 20 --peft_method p_tuning --learning_rate 2e-2 --max_length 128"
 SHORT = " --num_rounds 3 --steps_per_round 5 --max_rows 800"
 DIRICHLET = "--partition dirichlet --partition_alpha 0.3"
 PHRASEBANK, SHAKESPEARE = "financial_phrasebank.jsonl", "tiny_shakespeare.jsonl"

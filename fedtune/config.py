@@ -111,7 +111,7 @@ class FederationArguments:
     min_replies: str | None = setting(
         None, "Good updates a round needs: a number, or a fraction of those asked. Default: all."
     )
-    round_timeout_s: float = setting(3600.0, "Seconds a round may take.")
+    round_timeout_s: float = setting(3600.0, "Seconds until missing updates are given up (ray).")
     max_failed_rounds: int = setting(
         2, "How many times one round may fail before the run ends with an error."
     )

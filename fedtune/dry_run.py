@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedtune.config import Arguments
 from fedtune.data import format_table
 from fedtune.prepare import Prepared, steps_per_client
+from fedtune.strategies.shell import sampled_clients
 
 __all__ = ["describe_run"]
 
@@ -14,7 +15,7 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
     worker, federation = prepared.worker, args.federation
     params, static = worker.initial()
     steps = steps_per_client(args, worker)
-    sampled = max(1, int(federation.fraction_train * len(steps) + 0.5))
+    sampled = sampled_clients(federation.fraction_train, len(steps))
     travels = sum(value.numel() * value.element_size() for value in params.values())
     once = sum(value.numel() * value.element_size() for value in static.values())
     values = sum(value.numel() for value in params.values())

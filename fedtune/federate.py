@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ def federate_control(
 
         run = _server_run(args, worker, control, on_round)
         run.start = start
+        run.min_replies = None  # parity has one client, and nobody can be late in this process
         _run_inline(run, worker)
     return _result(run)
 
@@ -152,6 +155,8 @@ def _engine(args: Arguments) -> Engine:
 
 
 def _run_inline(run: ServerRun, worker: Worker) -> None:
+    # Clients run one after the other inside the pull: a limit would cut off the last ones.
+    run.plan = replace(run.plan, round_timeout_s=math.inf)
     run_inline(server_app(run), client_app(lambda: worker), len(worker.train))
 
 

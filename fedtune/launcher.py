@@ -51,7 +51,7 @@ def launch(
     except FedtuneError as error:
         _fail(error, USAGE_ERROR)
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
+        print("interrupted; continue with the same --output_dir and --resume", file=sys.stderr)
         sys.exit(130)
 
 

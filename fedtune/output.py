@@ -57,6 +57,7 @@ FREE = frozenset(
         "engine",
         "gpus_per_client",
         "max_failed_rounds",
+        "min_replies",
         "round_timeout_s",
         "save_every_rounds",
     ]

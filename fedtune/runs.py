@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def run_seeds(
     `first` is what the first seed starts from; wherever it was prepared, it works in `directory`.
     """
     seeds, results = args.seeds, []
+    print(f"output: {directory}", flush=True)
     for seed in seeds:
         seed_dir = directory if len(seeds) == 1 else directory / "seeds" / str(seed)
         seed_dir.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,9 @@ def run_seeds(
             print(f"seed {seed}", flush=True)
         results.append(_run_seed(args, prepared, seed_dir))
         if len(seeds) > 1:
-            _write(args, results[-1:], prepared, seed_dir)
+            _write(_of_seed(args, seed), results[-1:], prepared, seed_dir)
+        if seed != seeds[-1]:
+            prepared.worker.release()
     summary = _write(args, results, prepared, directory)
     if len(seeds) > 1:
         _copy_adapters(directory / "seeds" / str(seeds[0]), directory)
@@ -59,6 +64,15 @@ def run_seeds(
     print("\n".join(verdict_lines(loaded)))
     print(f"report: {directory / 'report.html'}")
     return summary
+
+
+def _of_seed(args: Arguments, seed: int) -> Arguments:
+    """The settings with which this seed alone would have been run."""
+    alone = copy.copy(args)
+    alone.run = replace(args.run, seeds=str(seed))
+    alone.training = copy.deepcopy(args.training)
+    alone.training.seed = seed
+    return alone
 
 
 def _run_seed(args: Arguments, prepared: Prepared, directory: Path) -> dict[str, Any]:

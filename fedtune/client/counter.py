@@ -1,11 +1,11 @@
-"""Counts what a model is trained on: examples and label tokens, from the batches it really sees."""
+"""Counts what a Trainer trains on: examples and label tokens, from the batches it really sees."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Trainer
 
 __all__ = ["BatchCounter"]
 
@@ -13,15 +13,16 @@ IGNORED = -100
 
 
 class BatchCounter:
-    """Counts training batches of `model` while it is entered.
+    """Counts the micro-batches of `trainer` while it is entered.
 
-    A token counts when the loss sees it: labels that are not -100; causal models shift labels, so
-    position 0 of a row never counts there. Evaluation batches do not count.
+    They are read as they enter `training_step`: later a label smoother or a loss of one's own may
+    take the labels out. A token counts when the loss sees it: labels that are not -100; causal
+    models shift labels, so position 0 of a row never counts there.
     """
 
-    def __init__(self, model: nn.Module, *, shifted: bool) -> None:
-        self._model = model
-        self._shifted = shifted
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._shifted = bool(getattr(trainer, "_loss_shifts_labels", False))
         self._tokens: list[Tensor] = []
         self.examples = 0
 
@@ -31,20 +32,26 @@ class BatchCounter:
         return int(sum(int(count) for count in self._tokens))
 
     def __enter__(self) -> BatchCounter:
-        self._hook = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
+        step = self._trainer.training_step
+
+        def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            self._count(inputs)
+            return step(model, inputs, *args, **kwargs)
+
+        vars(self._trainer)["training_step"] = counted
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hook.remove()
+        del vars(self._trainer)["training_step"]
 
-    def _count(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        labels = kwargs.get("labels")
-        if not model.training or not torch.is_grad_enabled() or labels is None:
+    def _count(self, inputs: dict[str, Any]) -> None:
+        labels = inputs.get("labels")
+        if labels is None:
             return
-        self.examples += _rows(labels, kwargs.get("position_ids"))
+        self.examples += _rows(labels, inputs.get("position_ids"))
         if self._shifted and labels.dim() > 1:
             labels = labels[..., 1:]
-        # Kept as tensors: reading a number here would wait for the device at every step.
+        # Kept as tensors: reading a number here could wait for the device at every step.
         self._tokens.append((labels != IGNORED).sum())
 
 

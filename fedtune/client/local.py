@@ -83,9 +83,7 @@ def train_round(
         trainer.accelerator.dataloader_config.data_seed = seed  # read once, when it was built
         set_seed(seed)
     callback = _RoundCallback(params, manifest, first_step, steps, save=task.carry)
-    counter = BatchCounter(
-        model_of(trainer), shifted=bool(getattr(trainer, "_loss_shifts_labels", 0))
-    )
+    counter = BatchCounter(trainer)
     with _without_weights(trainer), _callback(trainer, callback), counter:
         output = trainer.train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint)

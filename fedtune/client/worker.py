@@ -28,7 +28,7 @@ from fedtune.adapters import (
 )
 from fedtune.client.local import LocalResult, evaluate, train_round
 from fedtune.config import Arguments
-from fedtune.errors import ManifestError
+from fedtune.errors import ConfigError, ManifestError
 from fedtune.transport.messages import RoundTask
 
 __all__ = ["BuildModel", "BuildTrainer", "Worker"]
@@ -83,6 +83,12 @@ class Worker:
             self.evaluation,
             self.work_dir,
         )
+
+    def release(self) -> None:
+        """Let go of the model and the Trainers; they are built again when asked for."""
+        self._live = None
+        self._trainers.clear()
+        self._rng.clear()
 
     def _build(self) -> tuple[nn.Module, Any]:
         if self._live is None:
@@ -166,6 +172,12 @@ class Worker:
         args.training = copy.deepcopy(self.args.training)
         args.training.output_dir = str(self.work_dir / name)
         trainer = self.build_trainer(args, self.model, self.tokenizer, train, evaluation)
+        if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+            raise ConfigError(
+                "build_trainer: expected a Trainer that makes its own optimizer in every round, "
+                "received one with optimizers=(...). Use --optim and --lr_scheduler_type, or "
+                "override create_optimizer."
+            )
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         return trainer

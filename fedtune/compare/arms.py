@@ -22,6 +22,7 @@ from fedtune.compare.verdict import first_difference
 from fedtune.config import Arguments
 from fedtune.report.progress import Progress
 from fedtune.server.checkpoint import ServerState
+from fedtune.strategies.shell import sampled_clients
 
 __all__ = ["ArmInput", "FederatedRun", "run_arm"]
 
@@ -64,7 +65,11 @@ def _centralized(given: ArmInput) -> dict[str, Any]:
 
 
 def _centralized_large_batch(given: ArmInput) -> dict[str, Any]:
-    return _pooled(given, "centralized_large_batch", batch_factor=len(given.worker.train))
+    return _pooled(given, "centralized_large_batch", batch_factor=_asked(given))
+
+
+def _asked(given: ArmInput) -> int:
+    return sampled_clients(given.args.federation.fraction_train, len(given.worker.train))
 
 
 def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
@@ -98,7 +103,8 @@ def _local(given: ArmInput) -> dict[str, Any]:
         )
         series.append(of_history(run.history))
         clients.append({"client": client, **series[-1]})
-        final = float(run.history[-1]["eval_loss"])
+        loss = run.history[-1]["eval_loss"]  # None when this client diverged
+        final = math.inf if loss is None else float(loss)
         if best is None or final < best[0]:
             best = (final, run)
     if best is not None:

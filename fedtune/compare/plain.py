@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
 from fedtune.client.local import evaluate, model_of, quality_metrics
+from fedtune.strategies.updates import finite_or_none
 
 __all__ = ["PlainRun", "run_plain", "steps_for_samples"]
 
@@ -48,9 +49,7 @@ def run_plain(
     """
     trainer.args.max_steps = max_steps
     run = PlainRun()
-    counter = BatchCounter(
-        model_of(trainer), shifted=bool(getattr(trainer, "_loss_shifts_labels", 0))
-    )
+    counter = BatchCounter(trainer)
     if marks:
         metrics = evaluate(trainer, params, manifest)
         run.history.append(_record(0, metrics, counter, None, 0.0))
@@ -162,9 +161,9 @@ def _record(
     quality = quality_metrics(metrics)
     return {
         "round": number,
-        "eval_loss": quality.pop("eval_loss"),
-        "eval_metrics": quality,
-        "train_loss": train_loss,
+        "eval_loss": finite_or_none(quality.pop("eval_loss")),
+        "eval_metrics": {name: finite_or_none(value) for name, value in quality.items()},
+        "train_loss": finite_or_none(train_loss),
         "samples": counter.examples,
         "tokens": counter.tokens,
         "wall_s": round(seconds, 4),

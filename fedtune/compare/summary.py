@@ -11,6 +11,7 @@ from typing import Any
 from fedtune.compare.series import mean_series
 from fedtune.compare.verdict import verdict
 from fedtune.config import Arguments
+from fedtune.strategies.shell import sampled_clients
 
 __all__ = ["SeedResult", "build_summary"]
 
@@ -28,7 +29,7 @@ def build_summary(
     model_bytes: int,
 ) -> dict[str, Any]:
     """The summary over seeds; series are means, `runs` holds one series per seed."""
-    sampled = max(1, int(args.federation.fraction_train * len(clients) + 0.5))
+    sampled = sampled_clients(args.federation.fraction_train, len(clients))
     series = {
         name: [_plain_series(result[name]) for result in results]
         for name in results[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedtune.compare.series import SeriesDict
@@ -26,31 +26,35 @@ def verdict(
     """
     federated = [run["eval_loss"][-1] for run in arms["federated"]]
 
-    def against(arm: str) -> dict[str, float | None] | None:
+    def over_seeds(
+        arm: str, percent: Callable[[float, float], float]
+    ) -> dict[str, float | None] | None:
         if arm not in arms:
             return None
-        pairs = zip(federated, (run["eval_loss"][-1] for run in arms[arm]), strict=True)
-        return spread([100 * (ours / other - 1) for ours, other in pairs])
+        others = [run["eval_loss"][-1] for run in arms[arm]]
+        if None in others:  # that arm diverged
+            return {"mean": None, "std": None}
+        return spread([percent(*pair) for pair in zip(federated, others, strict=True)])
 
-    local = against("local")
     run = arms["federated"][0]
     rounds = max(1, len(run["bytes_up"]) - 1)
     sent = sum(run["bytes_up"][1:]) + sum(run["bytes_down"][1:])
     return {
-        "gap_centralized_pct": against("centralized"),
-        "gap_large_batch_pct": against("centralized_large_batch"),
-        "gain_over_local_pct": None
-        if local is None
-        else spread(
-            [
-                100 * (1 - ours / other["eval_loss"][-1])
-                for ours, other in zip(federated, arms["local"], strict=True)
-            ]
-        ),
+        "gap_centralized_pct": over_seeds("centralized", _gap),
+        "gap_large_batch_pct": over_seeds("centralized_large_batch", _gap),
+        "gain_over_local_pct": over_seeds("local", _gain),
         "parity": parity,
         "bytes_ratio_full": sent / (rounds * full_bytes) if full_bytes else None,
         "time_split": dict(time_split),
     }
+
+
+def _gap(ours: float, other: float) -> float:
+    return 100 * (ours / other - 1)
+
+
+def _gain(ours: float, other: float) -> float:
+    return 100 * (1 - ours / other)
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:

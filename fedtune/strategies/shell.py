@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -25,7 +26,7 @@ from fedtune.strategies.updates import Refusal, Update, UpdateRefusedError, one_
 from fedtune.transport.messages import EVALUATE, TRAIN, RoundTask, pack
 from fedtune.transport.records import config_of, metrics_of, params_of, to_arrays
 
-__all__ = ["FedStrategy", "Outcome", "needed_replies", "sample_clients"]
+__all__ = ["FedStrategy", "Outcome", "needed_replies", "sample_clients", "sampled_clients"]
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class FedStrategy(Strategy):
 
     def sample(self, server_round: int, attempt: int) -> list[str]:
         """Names of the clients asked in this attempt of a round, sorted."""
-        count = max(1, math.floor(self.fraction_train * len(self.clients) + 0.5))
+        count = sampled_clients(self.fraction_train, len(self.clients))
         return sample_clients(self.clients.values(), count, f"{self.seed}/{server_round}/{attempt}")
 
     def configure_train(
@@ -214,6 +215,11 @@ class FedStrategy(Strategy):
         return stepped
 
 
+def sampled_clients(fraction_train: float, num_clients: int) -> int:
+    """How many clients a round asks: the fraction rounded to the nearest, at least one."""
+    return max(1, math.floor(fraction_train * num_clients + 0.5))
+
+
 def sample_clients(names: Iterable[str], count: int, key: str) -> list[str]:
     """The same names, count and key give the same sample, whatever order the names arrive in."""
     return sorted(random.Random(key).sample(sorted(names), count))
@@ -224,7 +230,7 @@ def needed_replies(min_replies: str | None, asked: int) -> int:
     if min_replies is None:
         return asked
     if "." in min_replies:
-        return max(1, math.ceil(float(min_replies) * asked))
+        return max(1, math.ceil(Fraction(min_replies) * asked))
     return int(min_replies)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from fedtune.config import ARMS, TRACKERS, Arguments, split_names
+from fedtune.config import ARMS, TRACKERS, Arguments, sampled_clients, split_names
 from fedtune.errors import ConfigError
 from fedtune.nearest import nearest
 from fedtune.ranges import ranges
@@ -71,7 +71,7 @@ def _min_replies(args: Arguments) -> str | None:
         value = float(fed.min_replies) if "." in fed.min_replies else int(fed.min_replies)
     except ValueError:
         value = 0
-    sampled = max(1, math.floor(fed.fraction_train * fed.num_clients + 0.5))
+    sampled = sampled_clients(fed.fraction_train, fed.num_clients)
     most = 1 if isinstance(value, float) else sampled
     if isinstance(value, int) and value > most:
         return (

@@ -5,6 +5,7 @@ HuggingFace's own settings (`TrainingArguments`, `SFTConfig`) are not repeated h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -127,6 +128,13 @@ class FederationArguments:
     gpus_per_client: float = setting(0.0, "ray: GPUs that one client occupies (may be < 1).")
     save_every_rounds: int = setting(1, "Write the server state every N rounds.")
 
+    @property
+    def budget(self) -> tuple[int, float]:
+        """Optimizer steps of a client per round, and passes over its rows; one of them is 0."""
+        if self.steps_per_round is not None:
+            return self.steps_per_round, 0.0
+        return 0, 1.0 if self.epochs_per_round is None else self.epochs_per_round
+
 
 @dataclass
 class RunArguments:
@@ -168,6 +176,11 @@ class Arguments:
         """Arms named by `--compare`, in the order of `ARMS`."""
         named = split_names(self.run.compare)
         return ARMS if named == ["all"] else tuple(arm for arm in ARMS if arm in named)
+
+
+def sampled_clients(fraction_train: float, num_clients: int) -> int:
+    """How many clients a round asks: the fraction rounded to the nearest, at least one."""
+    return max(1, math.floor(fraction_train * num_clients + 0.5))
 
 
 def split_names(text: str | None) -> list[str]:

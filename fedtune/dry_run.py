@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fedtune.config import Arguments
+from fedtune.config import Arguments, sampled_clients
 from fedtune.data import format_table
 from fedtune.prepare import Prepared, steps_per_client
-from fedtune.strategies.shell import sampled_clients
 
 __all__ = ["describe_run"]
 

@@ -88,11 +88,12 @@ def build_strategy(args: Arguments) -> Method:
 def plan_of(args: Arguments) -> Plan:
     """Rounds and budgets of a run."""
     federation = args.federation
+    steps, epochs = federation.budget
     return Plan(
         run=str(args.training.seed),
         num_rounds=federation.num_rounds,
-        steps=federation.steps_per_round or 0,
-        epochs=0.0 if federation.steps_per_round else federation.epochs_per_round or 1.0,
+        steps=steps,
+        epochs=epochs,
         carry=federation.client_state == "carry",
         seed=args.training.seed,
         round_timeout_s=federation.round_timeout_s,

@@ -15,7 +15,7 @@ from fedtune.client.worker import BuildModel, BuildTrainer, Worker
 from fedtune.config import Arguments
 from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
-from fedtune.errors import FedtuneError
+from fedtune.errors import ConfigError, FedtuneError
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client"]
 
@@ -69,11 +69,7 @@ def prepare(
 
 def steps_per_client(args: Arguments, worker: Worker) -> list[int]:
     """Optimizer steps of each client in a round."""
-    federation = args.federation
-    if federation.steps_per_round:
-        return [federation.steps_per_round] * len(worker.train)
-    epochs = federation.epochs_per_round or 1.0
-    return [steps_of(worker.trainer(name), epochs) for name in worker.train]
+    return [steps_of(worker.trainer(name), *args.federation.budget) for name in worker.train]
 
 
 def _with_seed(args: Arguments, seed: int) -> Arguments:
@@ -87,7 +83,7 @@ def _check_init_adapter(directory: str, manifest: Manifest) -> None:
     try:
         load_init_adapter(directory, manifest)
     except FedtuneError as error:
-        raise type(error)(f"--init_adapter: {error}") from None
+        raise ConfigError(f"--init_adapter: {error}") from None
 
 
 def _tokens(trainer: Trainer) -> int | None:

@@ -12,13 +12,7 @@ from trl import SFTTrainer
 
 import fedtune
 from fedtune.adapters import attach_adapter, load_base
-from fedtune.data import (
-    as_language_rows,
-    check_lengths,
-    context_length,
-    token_lengths,
-    virtual_tokens,
-)
+from fedtune.data import as_language_rows, check_row_lengths
 
 
 def build_model(args):
@@ -32,13 +26,7 @@ def build_trainer(args, model, tokenizer, train, evaluation):
 
     def rows_of(silo, where):
         rows = as_language_rows(silo, args.data, tokenizer)
-        check_lengths(
-            token_lengths(rows, tokenizer),
-            max_length=args.training.max_length,
-            context=context_length(model.config),
-            virtual_tokens=virtual_tokens(model),
-            where=where,
-        )
+        check_row_lengths(rows, model, tokenizer, args.training.max_length, where)
         return rows
 
     return SFTTrainer(

@@ -18,12 +18,10 @@ import fedtune
 from fedtune.adapters import attach_adapter, load_base
 from fedtune.data import (
     as_classification_rows,
-    check_lengths,
-    context_length,
+    check_row_lengths,
     find_label_names,
     load_rows,
-    token_lengths,
-    virtual_tokens,
+    readable_length,
 )
 
 
@@ -42,12 +40,11 @@ def build_model(args):
 def build_trainer(args, model, tokenizer, train, evaluation):
     """A Trainer over one client's texts and labels; what the context cannot hold is cut."""
     names = [name for _, name in sorted(model.config.id2label.items())]
-    context = context_length(model.config)
-    room = None if context is None else context - virtual_tokens(model)
+    room = readable_length(model)
 
     def rows_of(silo, where):
         rows, _ = as_classification_rows(silo, args.data, names)
-        check_lengths(token_lengths(rows, tokenizer), max_length=room, context=room, where=where)
+        check_row_lengths(rows, model, tokenizer, room, where)
         return rows.map(
             lambda batch: tokenizer(batch["text"], truncation=room is not None, max_length=room),
             batched=True,

@@ -239,6 +239,7 @@ MODELS = {
         "--init_adapter adapter --model_name_or_path other",
         "--init_adapter",
     ),
+    "a torn adapter": ("--init_adapter torn", "--init_adapter", "torn", "cannot be read"),
 }
 
 
@@ -252,6 +253,8 @@ def models(place):
     settings = AdapterArguments(lora_target_modules="all-linear")
     peft = attach_adapter(model, settings, "causal_lm", 0)
     export_adapter(place / "adapter", collect(peft), {}, describe(peft))
+    shutil.copytree(place / "adapter", place / "torn")
+    (place / "torn" / "fedtune_params.safetensors").write_text("version https://git-lfs")
     tiny = tiny_llama()
     tiny.save_pretrained(place / "headless")
     tiny.save_pretrained(place / "other")

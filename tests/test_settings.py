@@ -198,9 +198,18 @@ def test_tables_name_real_settings():
 def test_a_flag_drops_the_yaml_value_that_excludes_it(recipe):
     args = parse("--epochs_per_round", "2", recipe=recipe("steps_per_round: 10\nseed: 7"))
     assert (args.federation.steps_per_round, args.federation.epochs_per_round) == (None, 2.0)
+    assert args.federation.budget == (0, 2.0)
     assert args.seeds == [7]
     assert parse("--seeds", "1,2", recipe=recipe("seed: 7")).seeds == [1, 2]
     assert parse("--seed", "3", recipe=recipe("seeds: [1, 2]")).seeds == [3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "budget"),
+    [("", (0, 1.0)), ("--steps_per_round 5", (5, 0.0)), ("--epochs_per_round 0.5", (0, 0.5))],
+)
+def test_the_budget_of_a_round(flags, budget):
+    assert parse(*flags.split()).federation.budget == budget
 
 
 def test_a_flag_drops_the_detail_of_another_kind(recipe):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtune.adapters.manifest import FULL, Manifest, Params, check
@@ -98,7 +99,7 @@ def load_exported(directory: Path | str) -> tuple[Params, Params, Manifest]:
     manifest = Manifest.from_json((directory / MANIFEST).read_text(encoding="utf-8"))
     tensors: Params = {}
     for file in _weight_files(directory, manifest):
-        tensors.update(load_file(file))
+        tensors.update(_read(file))
     static = {name: tensors.pop(name) for name in manifest.static if name in tensors}
     params = {name: tensors[name] for name in sorted(tensors)}
     check(params, manifest)
@@ -143,7 +144,7 @@ def params_from_peft_dir(directory: Path | str, manifest: Manifest) -> tuple[Par
             )
     config = json.loads((directory / PEFT_CONFIG).read_text(encoding="utf-8"))
     _refuse_other_config(directory, config, manifest)
-    state = load_file(directory / PEFT_WEIGHTS)
+    state = _read(directory / PEFT_WEIGHTS)
     found = prompt_params(state.pop(PROMPT_KEY), manifest) if PROMPT_KEY in state else {}
     for key in sorted(state):
         # PEFT copies a targeted embedding's frozen base weight; the base model has it already.
@@ -158,6 +159,17 @@ def params_from_peft_dir(directory: Path | str, manifest: Manifest) -> tuple[Par
     check(found, manifest)
     check(static, manifest, static=True)
     return {name: found[name] for name in sorted(found)}, static
+
+
+def _read(file: Path) -> Params:
+    try:
+        tensors: Params = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{file}: expected a safetensors file, received one that cannot be read ({error}); "
+            "copy or export it again."
+        ) from None
+    return tensors
 
 
 def _weight_files(directory: Path, manifest: Manifest) -> list[Path]:

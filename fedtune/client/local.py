@@ -66,7 +66,7 @@ def train_round(
     the state that the server last took an update from; otherwise it starts fresh, at the run's LR.
     """
     started = time.perf_counter()
-    steps = task.steps or steps_of(trainer, task.epochs)
+    steps = steps_of(trainer, task.steps, task.epochs)
     first_step = (task.round - 1) * steps
     args = trainer.args
     args.max_steps = task.num_rounds * steps
@@ -121,8 +121,10 @@ def model_of(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
-def steps_of(trainer: Trainer, epochs: float) -> int:
-    """Optimizer steps of `epochs` passes over the trainer's rows, at least one."""
+def steps_of(trainer: Trainer, steps: int, epochs: float) -> int:
+    """Optimizer steps of a round: `steps`, or where that is 0 those of `epochs` passes, rounded."""
+    if steps:
+        return steps
     batches = len(trainer.get_train_dataloader())
     accumulation = trainer.args.gradient_accumulation_steps
     return max(1, round(epochs * -(-batches // accumulation)))

@@ -19,10 +19,9 @@ from fedtune.client.worker import Worker
 from fedtune.compare.plain import PlainRun, run_plain, steps_for_samples
 from fedtune.compare.series import SeriesDict, mean_series, of_history
 from fedtune.compare.verdict import first_difference
-from fedtune.config import Arguments
+from fedtune.config import Arguments, sampled_clients
 from fedtune.report.progress import Progress
 from fedtune.server.checkpoint import ServerState
-from fedtune.strategies.shell import sampled_clients
 
 __all__ = ["ArmInput", "FederatedRun", "run_arm"]
 
@@ -94,9 +93,7 @@ def _local(given: ArmInput) -> dict[str, Any]:
     best: tuple[float, PlainRun] | None = None
     for client, rows in worker.train.items():
         trainer = worker.new_trainer(rows, worker.evaluation, f"local-{client}")
-        steps = given.args.federation.steps_per_round or steps_of(
-            trainer, given.args.federation.epochs_per_round or 1.0
-        )
+        steps = steps_of(trainer, *given.args.federation.budget)
         marks = [number * steps for number in range(1, rounds + 1)]
         run = _train(
             given, f"local {client}", trainer, max_steps=marks[-1], marks=marks, mark_by="steps"

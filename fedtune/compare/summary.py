@@ -10,8 +10,7 @@ from typing import Any
 
 from fedtune.compare.series import mean_series
 from fedtune.compare.verdict import verdict
-from fedtune.config import Arguments
-from fedtune.strategies.shell import sampled_clients
+from fedtune.config import Arguments, sampled_clients
 
 __all__ = ["SeedResult", "build_summary"]
 

@@ -10,7 +10,14 @@ from fedtune.data.formats import (
     instruction_prompt,
     label_prompt,
 )
-from fedtune.data.lengths import check_lengths, context_length, token_lengths, virtual_tokens
+from fedtune.data.lengths import (
+    check_lengths,
+    check_row_lengths,
+    context_length,
+    readable_length,
+    token_lengths,
+    virtual_tokens,
+)
 from fedtune.data.load import hold_out, load_rows, load_split
 from fedtune.data.partition import partition
 from fedtune.data.silos import Silos, make_silos
@@ -23,6 +30,7 @@ __all__ = [
     "as_label_prompt_rows",
     "as_language_rows",
     "check_lengths",
+    "check_row_lengths",
     "client_table",
     "context_length",
     "find_label_column",
@@ -35,6 +43,7 @@ __all__ = [
     "load_split",
     "make_silos",
     "partition",
+    "readable_length",
     "row_format",
     "token_lengths",
     "virtual_tokens",

@@ -10,7 +10,14 @@ from datasets import Dataset
 
 from fedtune.errors import DataError
 
-__all__ = ["check_lengths", "context_length", "token_lengths", "virtual_tokens"]
+__all__ = [
+    "check_lengths",
+    "check_row_lengths",
+    "context_length",
+    "readable_length",
+    "token_lengths",
+    "virtual_tokens",
+]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,25 @@ def virtual_tokens(model: Any) -> int:
     return getattr(config, "num_virtual_tokens", None) or 0
 
 
+def readable_length(model: Any) -> int | None:
+    """Longest row that `model` can read, its virtual tokens taken off; None without a limit."""
+    context = context_length(model.config)
+    return None if context is None else context - virtual_tokens(model)
+
+
+def check_row_lengths(
+    rows: Dataset, model: Any, tokenizer: Any, max_length: int | None, where: str
+) -> int:
+    """`check_lengths` of converted rows against `model`."""
+    return check_lengths(
+        token_lengths(rows, tokenizer),
+        max_length=max_length,
+        context=context_length(model.config),
+        virtual_tokens=virtual_tokens(model),
+        where=where,
+    )
+
+
 def check_lengths(
     lengths: Sequence[int],
     *,
@@ -72,6 +98,11 @@ def check_lengths(
     """
     room = None if context is None else context - virtual_tokens
     taken = f" minus {virtual_tokens} virtual tokens" if virtual_tokens else ""
+    if room is not None and room < 1:
+        raise DataError(
+            f"--num_virtual_tokens: expected fewer than {context} (the model's context), received "
+            f"{virtual_tokens}: no room is left for text. Fix: --num_virtual_tokens {context // 2}"
+        )
     if max_length is not None:
         if max_length < 1 or (room is not None and max_length > room):
             limit = "at least 1" if max_length < 1 else f"at most {room} (the context{taken})"

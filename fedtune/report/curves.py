@@ -63,6 +63,11 @@ class Curve:
     high: Values = ()
     dashed: bool = False
 
+    def end(self, y_text: Callable[[float], str]) -> str:
+        """The last value in words; a training whose loss is no number any more says so."""
+        value = self.y[-1]
+        return "diverged" if value is None else y_text(value)
+
 
 def loss_curves(summary: Summary) -> list[Curve]:
     """Eval loss against samples seen by all clients together, one curve per arm.
@@ -98,7 +103,7 @@ def gap_curves(summary: Summary) -> list[Curve]:
     if central is None:
         return []
     mean = _gap(summary.federated.mean, central.mean)
-    if last(mean) is None:
+    if last(mean[1:]) is None:
         return []
     runs = zip(summary.federated.runs, central.runs, strict=False)
     low, high = _extremes([_gap(federated, other) for federated, other in runs])

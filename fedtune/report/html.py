@@ -87,7 +87,7 @@ def _loss_figure(summary: Summary) -> str:
     counted = last(summary.federated.mean.samples) is not None
     chart = _both(
         curves,
-        wide=Shape(1070, 430, right=232),
+        wide=Shape(1070, 430, right=244),
         narrow=Shape(360, 300, right=12, left=40),
         x_title="samples seen, all clients together" if counted else "round",
         y_text=text.loss,
@@ -98,7 +98,7 @@ def _loss_figure(summary: Summary) -> str:
         return ""
     keys = "".join(
         f'<li class="t-{curve.tone}"><span class="key"></span>{esc(curve.label)} '
-        f"<b>{text.loss(last(curve.y))}</b></li>"
+        f"<b>{curve.end(text.loss)}</b></li>"
         for curve in curves
     )
     return (

@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.report import text
 from fedtune.report.curves import COMPARE_TONES
 from fedtune.report.markup import bar, cell, section, sub, table
-from fedtune.report.records import Arm, ClientData, RoundRow, Summary, last
+from fedtune.report.records import Arm, ClientData, RoundRow, Summary, final
 from fedtune.report.svg import esc
 
 __all__ = ["clients_section", "details", "refused_section", "rounds_section"]
@@ -113,10 +113,10 @@ def _alone(summary: Summary, local: Arm | None) -> list[tuple[str, str]]:
     """Final loss of each client's own model and the federated gain over it."""
     if local is None or len(local.clients) != len(summary.clients):
         return []
-    us = last(summary.federated.mean.eval_loss)
+    us = final(summary.federated.mean.eval_loss)
     pairs = []
     for client in local.clients:
-        own = last(client.eval_loss)
+        own = final(client.eval_loss)
         gain = 100 * (own - us) / own if own and us is not None else None
         pairs.append((text.loss(own), text.percent(gain, signed=True)))
     return pairs

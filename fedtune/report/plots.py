@@ -121,7 +121,7 @@ def _figure(height_in: float) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DRAFT_DPI)
     FigureCanvasAgg(figure)  # no pyplot: nothing global is opened or chosen
     top = 1 - 0.85 / height_in
-    figure.subplots_adjust(left=0.075, right=0.76, top=top, bottom=0.62 / height_in)
+    figure.subplots_adjust(left=0.075, right=0.75, top=top, bottom=0.62 / height_in)
     return figure
 
 
@@ -194,7 +194,7 @@ def _end_labels(axes: Axes, curves: Sequence[Curve], y_text: Callable[[float], s
     for (curve, value), place in zip(ends, spread_out(wanted, 15, 0, height), strict=True):
         known = [x for x, y in zip(curve.x, curve.y, strict=False) if None not in (x, y)]
         axes.annotate(
-            f"{y_text(value)}  {curve.label}",
+            f"{curve.end(y_text)}  {curve.label}",
             xy=(known[-1] or 0.0, value),
             xytext=(width + 14, place),
             textcoords="axes points",

@@ -18,6 +18,7 @@ __all__ = [
     "Summary",
     "Values",
     "Verdict",
+    "final",
     "last",
 ]
 
@@ -27,6 +28,11 @@ Values = tuple[float | None, ...]
 def last(values: Values) -> float | None:
     """The last known value."""
     return next((value for value in reversed(values) if value is not None), None)
+
+
+def final(values: Values) -> float | None:
+    """The value after the last round; None without a round, or where a training diverged."""
+    return values[-1] if len(values) > 1 else None
 
 
 @dataclass(frozen=True)

@@ -202,13 +202,13 @@ def _end_labels(
     wanted = [y(value) for _, value in ends]
     places = spread_out(wanted, LABEL_GAP, shape.top, shape.height - shape.bottom)
     parts = []
-    for (curve, value), place, true in zip(ends, places, wanted, strict=True):
+    for (curve, _), place, true in zip(ends, places, wanted, strict=True):
         at, tip = x.end + 14, _tip(curve, x)
         far = "" if tip > x.end - 1 else " far"
         parts.append(
             f'<path class="lead t-{curve.tone}{far}" d="M{tip + 3:.1f} {true:.1f}L{at - 2:.1f} '
             f'{place:.1f}"/><text class="end" x="{at + 2:.1f}" y="{place + 4:.1f}">'
-            f'<tspan class="value">{esc(y_text(value))}</tspan> {esc(curve.label)}</text>'
+            f'<tspan class="value">{esc(curve.end(y_text))}</tspan> {esc(curve.label)}</text>'
         )
     return "".join(parts)
 

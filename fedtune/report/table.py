@@ -38,7 +38,8 @@ def comparison_table(summary: Summary) -> str:
 
 def verdict_lines(summary: Summary) -> list[str]:
     """What the comparison shows, one finding a line, each with its numbers."""
-    final = text.loss(arm_rows(summary)[0].final)
+    arms = arm_rows(summary)
+    final = text.loss(arms[0].final)
     lines = []
     for gap in gaps(summary):
         other = text.loss(gap.other)
@@ -52,7 +53,8 @@ def verdict_lines(summary: Summary) -> list[str]:
                 f"federated {final} vs {name} {other} at equal samples: gap {size} {spread}"
             )
     found = [f"{check.title}: {check.words}" for check in checks(summary)]
-    return [*(lines or [headline(summary)]), *found, *_cost(summary)]
+    lost = [f"{row.label}: diverged, no final loss" for row in arms[1:] if row.final is None]
+    return [*(lines or [headline(summary)]), *lost, *found, *_cost(summary)]
 
 
 def _cost(summary: Summary) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedtune.report import text
 from fedtune.report.curves import ARM_LABELS
-from fedtune.report.records import Spread, Summary, Values, last
+from fedtune.report.records import Spread, Summary, Values, final, last
 
 __all__ = [
     "ArmRow",
@@ -76,7 +76,7 @@ def gaps(summary: Summary) -> list[Gap]:
         ("local", "Gain over local only", verdict.gain_over_local_pct, 1),
     ):
         if spread is not None and spread.mean is not None:
-            other = last(summary.arms[arm].mean.eval_loss) if arm in summary.arms else None
+            other = final(summary.arms[arm].mean.eval_loss) if arm in summary.arms else None
             rows.append(Gap(arm, title, other, spread, sign * spread.mean >= 0))
     return rows
 
@@ -91,13 +91,13 @@ def arm_rows(summary: Summary) -> list[ArmRow]:
         series = arm.mean
         best_round = _best_round(series.eval_loss)
         members = arm.clients if name == "local" and arm.clients else arm.runs
-        finals = [v for run in members if (v := last(run.eval_loss)) is not None]
+        finals = [v for run in members if (v := final(run.eval_loss)) is not None]
         rows.append(
             ArmRow(
                 arm=name,
                 label=ARM_LABELS.get(name, name),
                 before=series.eval_loss[0] if series.eval_loss else None,
-                final=last(series.eval_loss[1:]),
+                final=final(series.eval_loss),
                 final_range=(min(finals), max(finals)) if len(set(finals)) > 1 else None,
                 best=None if best_round is None else series.eval_loss[best_round],
                 best_round=best_round,
@@ -119,9 +119,9 @@ def metric_names(rows: Sequence[ArmRow]) -> list[str]:
 def headline(summary: Summary) -> str:
     """The one sentence to remember."""
     series = summary.federated.mean.eval_loss
-    before, final = series[0], last(series[1:])
+    before, after = series[0], last(series[1:])
     rounds = f"{summary.rounds} round{'' if summary.rounds == 1 else 's'}"
-    if final is None:
+    if after is None:
         return f"No held-out loss was recorded in {rounds}."
     gap = next((gap for gap in gaps(summary) if gap.arm == "centralized"), None)
     if gap is not None and gap.spread.mean is not None:
@@ -131,11 +131,11 @@ def headline(summary: Summary) -> str:
         side = "below" if gap.good else "above"
         return f"Federated loss ends {size} {side} centralized at equal samples."
     if before is None:
-        return f"Federated training reaches a held-out loss of {text.loss(final)} in {rounds}."
-    verb = "lowers" if final < before else "does not lower"
+        return f"Federated training reaches a held-out loss of {text.loss(after)} in {rounds}."
+    verb = "lowers" if after < before else "does not lower"
     return (
         f"Federated training {verb} held-out loss: "
-        f"{text.loss(before)} to {text.loss(final)} in {rounds}."
+        f"{text.loss(before)} to {text.loss(after)} in {rounds}."
     )
 
 

@@ -20,13 +20,14 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedtune.adapters import Manifest
+from fedtune.config import sampled_clients
 from fedtune.errors import RoundError
 from fedtune.strategies.base import Method
 from fedtune.strategies.updates import Refusal, Update, UpdateRefusedError, one_line, read_update
 from fedtune.transport.messages import EVALUATE, TRAIN, RoundTask, pack
 from fedtune.transport.records import config_of, metrics_of, params_of, to_arrays
 
-__all__ = ["FedStrategy", "Outcome", "needed_replies", "sample_clients", "sampled_clients"]
+__all__ = ["FedStrategy", "Outcome", "needed_replies", "sample_clients"]
 
 log = logging.getLogger(__name__)
 
@@ -213,11 +214,6 @@ class FedStrategy(Strategy):
         self.method_state = state
         self.outcome.update_norm = math.sqrt(_squared_distance(stepped, self._global))
         return stepped
-
-
-def sampled_clients(fraction_train: float, num_clients: int) -> int:
-    """How many clients a round asks: the fraction rounded to the nearest, at least one."""
-    return max(1, math.floor(fraction_train * num_clients + 0.5))
 
 
 def sample_clients(names: Iterable[str], count: int, key: str) -> list[str]:

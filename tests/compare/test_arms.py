@@ -192,6 +192,15 @@ def test_parity_is_identical(given: ArmInput) -> None:
     assert (arm["identical"], arm["first_diff_step"]) == (True, None)
 
 
+def test_parity_with_label_smoothing(tmp_path: Path) -> None:
+    """The smoother takes the labels out of the batch; tokens are counted all the same."""
+    given = federated(tmp_path, label_smoothing_factor=0.1)
+    arm = run_arm("parity", given)
+    assert (arm["identical"], arm["first_diff_step"]) == (True, None)
+    assert arm["tokens"] == [11 * count for count in arm["samples"]]
+    assert arm["tokens"][-1] > 0
+
+
 class Perturb(TrainerCallback):
     """Changes one number of the model after a step."""
 

@@ -9,7 +9,14 @@ from datasets import Dataset
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, T5Config
 
 from fedtune.config import DataArguments
-from fedtune.data import as_language_rows, check_lengths, context_length, token_lengths
+from fedtune.data import (
+    as_language_rows,
+    check_lengths,
+    check_row_lengths,
+    context_length,
+    readable_length,
+    token_lengths,
+)
 from fedtune.errors import DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -104,6 +111,11 @@ def test_truncation_is_logged(caplog):
             "Fix: --max_length 5",
         ),
         (
+            {"max_length": 4, "context": 8, "virtual_tokens": 8},
+            "--num_virtual_tokens: expected fewer than 8 (the model's context), received 8: no "
+            "room is left for text. Fix: --num_virtual_tokens 4",
+        ),
+        (
             {"max_length": 0, "context": 8},
             "--max_length: expected at least 1, received 0. Fix: --max_length 8",
         ),
@@ -113,3 +125,17 @@ def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(DataError) as caught:
         check_lengths([3, 9, 12], **settings)
     assert str(caught.value) == message
+
+
+def test_rows_against_a_model(tokenizer):
+    """Context 8, of which a prompt takes 3; "x" and its EOS are 2 tokens."""
+    prompt = SimpleNamespace(num_virtual_tokens=3)
+    config = LlamaConfig(max_position_embeddings=8)
+    model = SimpleNamespace(config=config, active_peft_config=prompt)
+    rows = Dataset.from_dict({"text": ["x", "xxxx", "xxxxx"]})
+    assert readable_length(model) == 5
+    assert readable_length(SimpleNamespace(config=config)) == 8
+    assert readable_length(SimpleNamespace(config=T5Config())) is None
+    assert check_row_lengths(rows, model, tokenizer, 5, "rows") == 1
+    with pytest.raises(DataError, match="held-out rows: expected at most 5 .*received 6 in row 2"):
+        check_row_lengths(rows, model, tokenizer, None, "held-out rows")

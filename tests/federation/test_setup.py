@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer
 
 from fedtune.adapters import Manifest, collect_static, export_adapter
 from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
-from fedtune.errors import ManifestError, RoundError
+from fedtune.errors import ConfigError, ManifestError, RoundError
 from fedtune.server import app as server
 from tests.federation.scripted import MANIFEST, SHAPES, Script, first_params, serve
 from tests.federation.small import (
@@ -73,6 +74,18 @@ def test_a_client_with_another_adapter_refuses(tmp_path: Path) -> None:
     other = Manifest(**{**vars(worker.manifest), "base_hash": "another"})
     with pytest.raises(ManifestError, match="this client's adapter differs from the global one"):
         worker.set_up(other, {})
+
+
+@pytest.mark.parametrize("given", ["both", "optimizer"])
+def test_a_trainer_with_an_optimizer_of_its_own_is_refused(tmp_path: Path, given: str) -> None:
+    def build(args: Any, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> Trainer:
+        optimizer = torch.optim.SGD(model.parameters())
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer) if given == "both" else None
+        return Trainer(model, args.training, train_dataset=train, optimizers=(optimizer, scheduler))
+
+    worker = small_worker(tmp_path, build_trainer=build)
+    with pytest.raises(ConfigError, match=r"build_trainer: .*received one with optimizers=\(...\)"):
+        worker.trainer("client-0")
 
 
 def frozen_worker(directory: Path, seed: int) -> Worker:

@@ -119,6 +119,75 @@ def test_fraction_train(run, tmp_path):
     assert summary(tmp_path / "out")["arms"]["federated"]["samples"] == [0, 8, 16]
 
 
+@pytest.mark.parametrize(
+    "flags", ["--min_replies 2", "--label_smoothing_factor 0.1"], ids=["min_replies", "smoothing"]
+)
+def test_parity(flags, run, tmp_path):
+    """Also where the federated arm needs more updates than parity's one client sends."""
+    run(*flags.split(), "--compare", "parity")
+    parity = summary(tmp_path / "out")["verdict"]["parity"]
+    assert parity == {"identical": True, "first_diff_step": None}
+
+
+DIVERGING = """
+import runpy
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+import fedtune
+
+given = runpy.run_path({recipe!r})
+build_model = given["build_model"]
+
+
+class Diverge(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **_):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.constant_(parameter, float("nan"))
+
+
+def build_trainer(args, *rest):
+    trainer = given["build_trainer"](args, *rest)
+    if Path(args.training.output_dir).name in {names!r}:
+        trainer.add_callback(Diverge())
+    return trainer
+
+
+fedtune.launch(build_model, build_trainer)
+"""
+
+
+def test_an_arm_that_diverges(run, tmp_path):
+    """What the others say stays, and nothing that is written holds a NaN."""
+    script = tmp_path / "diverging.py"
+    names = ["centralized", "local-client-1"]
+    script.write_text(DIVERGING.format(recipe=str(LORA), names=names))
+    done = run("--compare", "centralized,local,centralized_large_batch", script=script)
+
+    def no_nan(name):
+        raise AssertionError(name)
+
+    text = (tmp_path / "out" / "summary.json").read_text()
+    result = json.loads(text, parse_constant=no_nan)
+    arms, verdict = result["arms"], result["verdict"]
+    assert arms["centralized"]["eval_loss"][1:] == [None, None]
+    assert arms["local"]["eval_loss"][1:] == [None, None]
+    one, two = (client["eval_loss"] for client in arms["local"]["clients"])
+    assert None not in one
+    assert two[1:] == [None, None]
+    assert verdict["gap_centralized_pct"] == {"mean": None, "std": None}
+    assert verdict["gain_over_local_pct"] == {"mean": None, "std": None}
+    assert math.isfinite(verdict["gap_large_batch_pct"]["mean"])
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "nan" not in done.out.lower()
+    assert "\ncentralized: diverged" in done.out
+    kept = {path.parent.name for path in (tmp_path / "out" / "arms").glob("*/adapter")}
+    assert kept == {"local", "centralized_large_batch"}
+
+
 METHODS = ("dora", "ia3", "p_tuning", "prompt_tuning", "prefix_tuning", "none")
 
 

@@ -53,6 +53,14 @@ def test_gaps_and_missing_series(tmp_path: Path, federated: dict[str, Any]):
     assert image.min() < 0.5
 
 
+def test_a_curve_that_diverged_says_so(tmp_path: Path):
+    arms = {"federated": {"eval_loss": [2.9, 2.5]}, "centralized": {"eval_loss": [2.9, None]}}
+    summary = load_summary(write_run(tmp_path / "run", {"arms": arms}, []))
+    ends = {curve.label: curve.end(str) for curve in loss_curves(summary)}
+    assert ends == {"federated": "2.5", "centralized": "diverged"}
+    assert gap_curves(summary) == []
+
+
 def test_compare_draws_one_curve_per_directory(tmp_path: Path):
     summaries = [
         load_summary(write_run(tmp_path / f"${name}_run", made_up_summary(), []))

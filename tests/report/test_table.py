@@ -98,6 +98,16 @@ def test_a_failed_control_is_said(tmp_path: Path):
     assert "differs from the plain Trainer, first at step 17" in text
 
 
+def test_an_arm_that_diverged_has_no_final_loss(tmp_path: Path):
+    """Neither the loss before training nor that of an earlier round stands in for it."""
+    arms = {"federated": {"eval_loss": [2.9, 2.6, 2.5]}, "centralized": {"eval_loss": [2.9, 2.7]}}
+    arms["centralized"]["eval_loss"].append(None)
+    summary = load(tmp_path, {"arms": arms})
+    line = comparison_table(summary).splitlines()[-1]
+    assert line.split() == ["centralized", "2.900", "–", "2.700", "(1)", *["–"] * 4]
+    assert "centralized: diverged, no final loss" in verdict_lines(summary)
+
+
 def test_missing_numbers_are_dashes(tmp_path: Path):
     raw = {"arms": {"federated": {"eval_loss": [None, None]}}}
     summary = load(tmp_path, raw)

@@ -4,10 +4,11 @@ FedtuneError
 ├── ConfigError      flags, YAML values and their combinations
 ├── DataError        files, columns, partitions
 ├── ManifestError    parameters that do not match the adapter they are meant for
+├── FrameError       bytes on a site's socket that are no message
 └── RoundError       a federation that cannot go on
 """
 
-__all__ = ["ConfigError", "DataError", "FedtuneError", "ManifestError", "RoundError"]
+__all__ = ["ConfigError", "DataError", "FedtuneError", "FrameError", "ManifestError", "RoundError"]
 
 
 class FedtuneError(Exception):
@@ -24,6 +25,10 @@ class DataError(FedtuneError, ValueError):
 
 class ManifestError(FedtuneError, ValueError):
     """Parameters differ from the manifest: a key, shape, dtype or value; the message names it."""
+
+
+class FrameError(FedtuneError, ValueError):
+    """A message on a site's socket is malformed, cut or too large."""
 
 
 class RoundError(FedtuneError, RuntimeError):

@@ -16,8 +16,10 @@ LEVELS = (
     {"adapters"},
     {"strategies", "streaming", "transport"},
     {"checks"},
+    {"relay"},
     {"client", "server"},
     {"engines"},
+    {"deploy"},
     {"compare"},
 )
 TOP = len(LEVELS)  # launch, cli and what they are made of
@@ -27,7 +29,8 @@ MAY_IMPORT_FLOWER = (
     "strategies/updates.py",
     "transport/",
     "server/",
-    "client/app.py",
+    "client/",
+    "relay/",
     "engines/",
 )
 PRIVATE_FLOWER = "engines/_compat.py"

@@ -1,0 +1,142 @@
+"""The private directory of one run at one site: `fedtune join`, the relay and the trainer share it.
+
+authkey         32 random bytes, 0600 in a 0700 folder: who may talk on the socket
+plan.json       what the server asked for; the trainer starts once it is there
+trainer.sock    bound by the trainer
+trainer.lock    held by the trainer that owns the socket
+replies/        the last replies, by request key
+status.json     what the trainer is doing, for people
+ended.json      the script's exit status, once it will not be started again
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import ConfigError
+from fedtune.files import read_json, write_json
+
+__all__ = ["ENVIRONMENT", "RunFolder", "SitePlan"]
+
+ENVIRONMENT = "FEDTUNE_SESSION"  # names the folder to a trainer that `fedtune join` starts
+MAX_SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux, without the closing zero
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What the server asks of a site for a whole run.
+
+    Attributes:
+        run: id of the run.
+        client: name of this site.
+        steps: optimizer steps per round, or 0 when `epochs` counts.
+        epochs: passes over the site's rows per round, or 0.
+        carry: whether optimizer, scheduler, RNG and data position continue over rounds.
+        idle_timeout_s: how long the trainer waits without a word from the server.
+    """
+
+    run: str
+    client: str
+    num_rounds: int
+    steps: int
+    epochs: float
+    carry: bool
+    seed: int
+    idle_timeout_s: float = 3600.0
+
+
+class RunFolder:
+    """Paths and small files of the folder. `create` makes it, anyone else opens it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make the folder with a new key; raises ConfigError when its socket's path is too long."""
+        folder = cls(path)
+        length = len(os.fsencode(folder.socket))
+        if length > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"session folder {path}: expected a socket path of at most {MAX_SOCKET_PATH} "
+                f"bytes, received {length}. Set TMPDIR to a shorter directory."
+            )
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o700)
+        if not folder.authkey_file.exists():
+            descriptor = os.open(folder.authkey_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(secrets.token_bytes(32))
+        folder.replies.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    @classmethod
+    def of_environment(cls) -> RunFolder | None:
+        """The folder that `fedtune join` named, or None when this process runs alone."""
+        path = os.environ.get(ENVIRONMENT)
+        return cls(Path(path)) if path else None
+
+    @property
+    def socket(self) -> Path:
+        """The trainer's socket."""
+        return self.path / "trainer.sock"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the trainer that owns the socket."""
+        return self.path / "trainer.lock"
+
+    @property
+    def authkey_file(self) -> Path:
+        """Holds the key."""
+        return self.path / "authkey"
+
+    @property
+    def replies(self) -> Path:
+        """Directory of cached replies."""
+        return self.path / "replies"
+
+    @property
+    def authkey(self) -> bytes:
+        """The key of this folder."""
+        return self.authkey_file.read_bytes()
+
+    @property
+    def plan(self) -> SitePlan | None:
+        """The server's plan, once it has been written."""
+        plain = self._read("plan.json")
+        return None if plain is None else SitePlan(**plain)
+
+    def write_plan(self, plan: SitePlan) -> None:
+        """Write the plan whole; this starts the trainer."""
+        write_json(self.path / "plan.json", asdict(plan))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the trainer last said of itself; empty before that."""
+        return self._read("status.json") or {}
+
+    def write_status(self, **status: Any) -> None:
+        """Say what the trainer is doing."""
+        write_json(self.path / "status.json", status)
+
+    @property
+    def exit_status(self) -> int | None:
+        """Status of the script that has ended for good, or None while it runs or may restart."""
+        plain = self._read("ended.json")
+        return None if plain is None else int(plain["status"])
+
+    def write_exit_status(self, status: int) -> None:
+        """Say that the script will not be started again."""
+        write_json(self.path / "ended.json", {"status": status})
+
+    def _read(self, name: str) -> Any:
+        try:
+            return read_json(self.path / name)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None

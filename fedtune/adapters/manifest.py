@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,6 +79,28 @@ class Manifest:
         return digest(
             [self.peft_type, self.base_hash, config, self.entries, self.static, self.scaling]
         )
+
+    def objection_to(self, built: Manifest) -> str:
+        """Why `built` is not this adapter, in one line; empty when it is."""
+        if built.hash == self.hash:
+            return ""
+        differences = (row for row in self._compared(built) if row[1] != row[2])
+        what, ours, theirs = next(differences, ("hash", self.hash[:12], built.hash[:12]))
+        return (
+            f"this client's adapter differs from the global one: expected {what} {ours}, built "
+            f"{theirs}; use the same model and adapter settings everywhere."
+        )
+
+    def _compared(self, built: Manifest) -> Iterator[tuple[str, Any, Any]]:
+        """What can differ, from the general to the particular, in words."""
+        yield "base model", self.base_hash[:12], built.base_hash[:12]
+        yield "peft_type", self.peft_type, built.peft_type
+        for key in sorted({*self.adapter_config, *built.adapter_config} - SITE_KEYS):
+            yield key, self.adapter_config.get(key) or None, built.adapter_config.get(key) or None
+        for name in sorted({*self.entries, *built.entries, *self.static, *built.static}):
+            ours, theirs = self.entries.get(name), built.entries.get(name)
+            yield name, ours or self.static.get(name), theirs or built.static.get(name)
+        yield "scaling", self.scaling, built.scaling
 
     def to_json(self) -> str:
         """JSON text, keys sorted."""

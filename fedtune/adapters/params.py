@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedtune.adapters.manifest import Entry, Manifest, Params, check
 from fedtune.adapters.names import receivers, static_tensors, trainable_tensors
+from fedtune.adapters.sharded import copy_into, whole
 from fedtune.errors import ManifestError
 
 __all__ = ["Params", "collect", "collect_static", "load", "load_static"]
@@ -68,7 +69,7 @@ def _snapshot(tensors: Params) -> Params:
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return whole(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _copy(model: nn.Module, params: Params, adapter_name: str) -> None:
@@ -80,6 +81,5 @@ def _copy(model: nn.Module, params: Params, adapter_name: str) -> None:
                 f"`{name}`: this model has {expected or 'no such tensor'}, received "
                 f"{Entry.of(tensor)}. Build the model with the adapter that the manifest describes."
             )
-    with torch.no_grad():
-        for name, tensor in params.items():
-            live[name].copy_(tensor)
+    for name, tensor in params.items():
+        copy_into(live[name], tensor)

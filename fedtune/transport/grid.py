@@ -44,6 +44,29 @@ class EagerGrid:
         """Ids of the connected nodes, sorted."""
         return sorted(self.grid.get_node_ids())
 
+    def push(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages without waiting for a reply; returns their ids."""
+        outgoing = list(messages)
+        self.traffic.down += sum(count_bytes(message.content) for message in outgoing)
+        return list(self.grid.push_messages(outgoing))
+
+    def pull(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies that are there by now; each is let go of before the next is handed out."""
+        started = time.monotonic()
+        replies = list(self.grid.pull_messages(message_ids))
+        self.wait_s += time.monotonic() - started
+        while replies:
+            reply = replies.pop(0)
+            if reply.has_content():
+                self.traffic.up += count_bytes(reply.content)
+            yield reply
+            del reply
+
+    def pause(self) -> None:
+        """Wait until the next look."""
+        time.sleep(self.poll_interval_s)
+        self.wait_s += self.poll_interval_s
+
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
@@ -52,25 +75,16 @@ class EagerGrid:
         Ends when every message is answered or after `timeout` seconds; who has not answered by
         then is for the caller to work out from the node ids of the replies.
         """
-        outgoing = list(messages)
-        self.traffic.down += sum(count_bytes(message.content) for message in outgoing)
-        pending = set(self.grid.push_messages(outgoing))
-        del outgoing
+        pending = set(self.push(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
         while pending:
-            started = time.monotonic()
-            replies = list(self.grid.pull_messages(pending))
-            self.wait_s += time.monotonic() - started
-            idle = not replies
-            while replies:
-                reply = replies.pop(0)
+            idle = True
+            for reply in self.pull(pending):
+                idle = False
                 pending.discard(reply.metadata.reply_to_message_id)
-                if reply.has_content():
-                    self.traffic.up += count_bytes(reply.content)
                 yield reply
                 del reply
             if pending and deadline is not None and time.monotonic() > deadline:
                 return
             if idle:
-                time.sleep(self.poll_interval_s)
-                self.wait_s += self.poll_interval_s
+                self.pause()

@@ -1,9 +1,11 @@
 """What server and client say to each other, as plain dataclasses and as Flower records.
 
+query.plan      rounds and budgets       -> name and manifest of the client
 query.initial   -> the first global parameters and their manifest, from one client
-query.setup     manifest, static tensors -> name and rows of the client
+query.setup     manifest, static tensors -> name of the client
 train           global parameters, task  -> updated parameters, what was trained on
 evaluate        global parameters        -> metrics on the held-out set
+query.finish    last global parameters, why the run is over -> name of the client
 """
 
 from __future__ import annotations
@@ -16,9 +18,57 @@ from torch import Tensor
 
 from fedtune.transport.records import config_of, to_arrays
 
-__all__ = ["EVALUATE", "INITIAL", "SETUP", "TRAIN", "RoundTask", "pack"]
+__all__ = [
+    "EVALUATE",
+    "FINISH",
+    "INITIAL",
+    "PLAN",
+    "SETUP",
+    "TRAIN",
+    "Member",
+    "PlanTask",
+    "RoundTask",
+    "pack",
+]
 
-INITIAL, SETUP, TRAIN, EVALUATE = "query.initial", "query.setup", "train", "evaluate"
+PLAN, INITIAL, SETUP = "query.plan", "query.initial", "query.setup"
+TRAIN, EVALUATE, FINISH = "train", "evaluate", "query.finish"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node that takes part, and whether it can score the global parameters."""
+
+    node: int
+    name: str
+    evaluates: bool = True
+
+
+@dataclass(frozen=True)
+class PlanTask:
+    """A whole run, as every client hears of it first.
+
+    Attributes:
+        run: id of the run; a client keeps its state per run.
+        steps: optimizer steps per round, or 0 when `epochs` counts.
+        epochs: passes over the client's rows per round, or 0.
+        carry: whether optimizer, scheduler, RNG and data position continue over rounds.
+        idle_timeout_s: how long a client waits without a word from the server.
+        version: fedtune's version at the server.
+    """
+
+    run: str
+    num_rounds: int
+    steps: int
+    epochs: float
+    carry: bool
+    seed: int
+    idle_timeout_s: float
+    version: str
+
+    def record(self) -> ConfigRecord:
+        """As a config record."""
+        return ConfigRecord(asdict(self))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedtune.engines.inline import InlineGrid
 from fedtune.strategies import FedAvg
 from fedtune.strategies.shell import FedStrategy
 from fedtune.transport.grid import EagerGrid, Traffic
-from fedtune.transport.messages import TRAIN, RoundTask, pack
+from fedtune.transport.messages import TRAIN, Member, RoundTask, pack
 from fedtune.transport.records import count_bytes, to_arrays
 from tests.federation.scripted import MANIFEST, Script, first_params, in_a_task, serve
 from tests.federation.small import result_of, server_run
@@ -65,7 +65,8 @@ def test_replies_are_folded_as_they_arrive_and_dropped() -> None:
         census = Census(script.app(), CLIENTS)
         grid = EagerGrid(census)
         names = {node: f"client-{k:02d}" for k, node in enumerate(grid.get_node_ids())}
-        strategy = FedStrategy(FedAvg(), MANIFEST, names)
+        strategy = FedStrategy(FedAvg(), MANIFEST)
+        strategy.members = [Member(node, name) for node, name in names.items()]
         task = RoundTask("42", 1, 1, 1, MANIFEST.hash, 4, 0.0, True, 42)
         strategy.tasks = dict.fromkeys(names.values(), task)
         gc.collect()
@@ -181,7 +182,7 @@ def test_rounds_record_their_traffic(clients: int) -> None:
     )
     task = RoundTask("42", 1, 2, 1, MANIFEST.hash, 4, 0.0, True, 42)
     sent = pack(arrays=first_params(), config=task.record())
-    setup = pack(arrays={}, config={"manifest": MANIFEST.to_json()})
+    setup = pack(arrays={}, config={"run": "42", "manifest": MANIFEST.to_json()})
     name = pack(config={"client": "client-0"})
     assert first["bytes_down"] == clients * count_bytes(setup)
     assert first["bytes_up"] == clients * count_bytes(name)

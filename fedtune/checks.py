@@ -7,16 +7,22 @@ problem is raised.
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fedtune.config import ARMS, TRACKERS, Arguments, sampled_clients, split_names
+from fedtune.config import (
+    ARMS,
+    TRACKERS,
+    Arguments,
+    sampled_clients,
+    split_names,
+    strategy_settings,
+)
 from fedtune.errors import ConfigError
 from fedtune.nearest import nearest
-from fedtune.ranges import ranges
+from fedtune.ranges import Range, federation_ranges, ranges
 
-__all__ = ["check_arguments", "strategy_settings"]
+__all__ = ["check_arguments", "check_federation"]
 
 LORA = ("lora", "dora")
 PROMPTS = ("p_tuning", "prompt_tuning", "prefix_tuning")
@@ -26,32 +32,22 @@ Rule = Callable[[Arguments], str | None]
 
 def check_arguments(args: Arguments) -> None:
     """Raise `ConfigError`, one line, for the first setting that cannot work."""
-    for flag, value, holds, expected in ranges(args):
+    _check(args, ranges(args), RULES)
+
+
+def check_federation(args: Arguments) -> None:
+    """`check_arguments` of the federation alone: a deployment, whose sites bring all the rest."""
+    _check(args, federation_ranges(args.federation), (_one_budget, _track, _strategy, _output))
+
+
+def _check(args: Arguments, rows: Iterable[Range], rules: Iterable[Rule]) -> None:
+    for flag, value, holds, expected in rows:
         if value is not None and not holds:
             raise ConfigError(f"--{flag}: expected {expected}, received {value}.")
-    for rule in RULES:
+    for rule in rules:
         problem = rule(args)
         if problem:
             raise ConfigError(problem)
-
-
-def strategy_settings(text: str | None) -> dict[str, float]:
-    """`--strategy_args` as numbers; "mu=0.1,tau=5" -> {"mu": 0.1, "tau": 5.0}."""
-    settings: dict[str, float] = {}
-    for pair in split_names(text):
-        name, _, value = (part.strip() for part in pair.partition("="))
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not name or not math.isfinite(number):
-            raise ConfigError(
-                f"--strategy_args: expected name=number,..., received {pair!r}. Example: mu=0.1"
-            )
-        if name in settings:
-            raise ConfigError(f"--strategy_args: {name} is given twice. Keep one of them.")
-        settings[name] = number
-    return settings
 
 
 def _one_budget(args: Arguments) -> str | None:
@@ -189,10 +185,13 @@ def _engine(args: Arguments) -> str | None:
     fed, run, training = args.federation, args.run, args.training
     if fed.engine == "ray" and not _installed("ray"):
         return "--engine ray: not installed. Run: pip install 'fedtune[ray]'"
-    if fed.engine == "ray" and run.resume:
+    if fed.engine != "inline" and run.resume:
         return (
-            "--resume works with --engine inline only: ray's actors keep no durable client state."
+            "--resume works with --engine inline only: clients of --engine "
+            f"{fed.engine} keep their state in processes that are gone."
         )
+    if fed.engine == "flower" and fed.client_state == "reset":
+        return "--client_state reset: a live trainer carries its state. Use --engine inline or ray."
     if fed.engine != "ray" and (fed.gpus_per_client > 0 or fed.cpus_per_client != 1):
         flag = "gpus" if fed.gpus_per_client > 0 else "cpus"
         return f"--{flag}_per_client has no effect with --engine {fed.engine}. Use --engine ray."

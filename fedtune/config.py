@@ -99,8 +99,10 @@ class DataArguments:
 class FederationArguments:
     """Rounds, clients and the method."""
 
-    engine: Literal["inline", "ray"] = setting(
-        "inline", "inline: this process, one client after the other; ray: Flower's simulation."
+    engine: Literal["inline", "ray", "flower"] = setting(
+        "inline",
+        "inline: this process, one client after the other; ray: Flower's simulation; flower: a "
+        "SuperLink, and a SuperNode and a trainer process per client, on this machine.",
     )
     num_clients: int = setting(3, "Clients of a simulation.")
     num_rounds: int = setting(3, "Rounds.")
@@ -112,7 +114,7 @@ class FederationArguments:
     min_replies: str | None = setting(
         None, "Good updates a round needs: a number, or a fraction of those asked. Default: all."
     )
-    round_timeout_s: float = setting(3600.0, "Seconds until missing updates are given up (ray).")
+    round_timeout_s: float = setting(3600.0, "Seconds until missing updates are given up.")
     max_failed_rounds: int = setting(
         2, "How many times one round may fail before the run ends with an error."
     )
@@ -163,6 +165,9 @@ class Arguments:
     federation: FederationArguments
     run: RunArguments
     training: Any  # TrainingArguments or SFTConfig
+    command: tuple[
+        str, ...
+    ] = ()  # this program and its flags, for clients in processes of their own
 
     @property
     def seeds(self) -> list[int]:
@@ -196,3 +201,22 @@ def split_ints(text: str, flag: str) -> list[int]:
         raise ConfigError(
             f"{flag}: expected whole numbers joined by commas, received {text!r}. Example: 1,2,3"
         ) from None
+
+
+def strategy_settings(text: str | None) -> dict[str, float]:
+    """`--strategy_args` as numbers; "mu=0.1,tau=5" -> {"mu": 0.1, "tau": 5.0}."""
+    settings: dict[str, float] = {}
+    for pair in split_names(text):
+        name, _, value = (part.strip() for part in pair.partition("="))
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise ConfigError(
+                f"--strategy_args: expected name=number,..., received {pair!r}. Example: mu=0.1"
+            )
+        if name in settings:
+            raise ConfigError(f"--strategy_args: {name} is given twice. Keep one of them.")
+        settings[name] = number
+    return settings

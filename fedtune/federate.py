@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.checks import strategy_settings
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.compare.summary import settings_of
@@ -16,14 +16,15 @@ from fedtune.config import Arguments, split_names
 from fedtune.engines.inline import run_inline
 from fedtune.errors import RoundError
 from fedtune.report.progress import Progress
-from fedtune.report.trackers import RoundTracker, open_trackers
+from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.rounds import Plan, RoundHook
 from fedtune.server.store import RunStore
-from fedtune.strategies import FixedGlobal, Method, build_method
+from fedtune.server.submission import Submission
+from fedtune.strategies import FixedGlobal, Method, build_method, strategy_of
 
-__all__ = ["federate", "federate_control", "plan_of"]
+__all__ = ["federate", "federate_control"]
 
 Engine = Callable[[ServerRun, Worker], None]
 
@@ -33,26 +34,56 @@ def federate(args: Arguments, worker: Worker, directory: Path) -> tuple[ServerSt
 
     Raises RoundError when a round failed too often; `directory/adapter` is the last good one.
     """
-    federation = args.federation
     store = RunStore(
         directory,
-        num_rounds=federation.num_rounds,
-        save_every_rounds=federation.save_every_rounds,
+        num_rounds=args.federation.num_rounds,
+        save_every_rounds=args.federation.save_every_rounds,
     )
-    trackers = open_trackers(
-        split_names(args.run.track), directory, directory.name, settings_of(args)
-    )
-    with Progress(federation.num_rounds, "rounds") as progress:
-        run = _server_run(args, worker, build_strategy(args), _hook(store, progress, trackers))
+    if args.federation.engine == "flower":
+        last = _in_processes(args, worker, directory, store)
+    else:
+        last = _in_this_process(args, worker, directory, store)
+    return store.first(), last
+
+
+def _in_this_process(
+    args: Arguments, worker: Worker, directory: Path, store: RunStore
+) -> ServerState:
+    federation, names = args.federation, split_names(args.run.track)
+    with (
+        open_trackers(names, directory, directory.name, settings_of(args)) as trackers,
+        Progress(federation.num_rounds, "rounds") as progress,
+    ):
+        on_round = _hook(store, progress, trackers)
+        run = _server_run(args, worker, strategy_of(federation), on_round)
         run.start = store.load() if args.run.resume else None
         if run.start is not None:
             progress.advance(run.start.round)
-        try:
-            _engine(args)(run, worker)
-        finally:
-            trackers.close()
-    last = _result(run)
-    return store.first(), last
+        _engine(args)(run, worker)
+    return _result(run)
+
+
+def _in_processes(args: Arguments, worker: Worker, directory: Path, store: RunStore) -> ServerState:
+    """One server process, and for each client a node and a trainer: Flower as it is deployed."""
+    from fedtune.engines.flower import run_flower
+
+    submission = Submission(
+        run=secrets.token_hex(6),
+        directory=str(directory.absolute()),
+        federation=args.federation,
+        seed=args.training.seed,
+        min_clients=len(worker.train),
+        join_timeout_s=args.federation.round_timeout_s,
+        init_adapter=args.adapter.init_adapter and str(Path(args.adapter.init_adapter).absolute()),
+        track=tuple(split_names(args.run.track)),
+        sites_evaluate=False,
+    )
+    logs = directory / "deployment"
+    run_flower(submission, clients=worker.names, command=args.command, logs=logs)
+    last = store.load()
+    if last is None:
+        raise RoundError(f"the server left no state; its log is in {logs}.")
+    return last
 
 
 def federate_control(
@@ -75,49 +106,22 @@ def federate_control(
     return _result(run)
 
 
-def build_strategy(args: Arguments) -> Method:
-    """The method that `--strategy` and `--strategy_args` name."""
-    federation = args.federation
-    return build_method(
-        federation.strategy,
-        weight_by=federation.weight_by,
-        settings=strategy_settings(federation.strategy_args),
-    )
-
-
-def plan_of(args: Arguments) -> Plan:
-    """Rounds and budgets of a run."""
-    federation = args.federation
-    steps, epochs = federation.budget
-    return Plan(
-        run=str(args.training.seed),
-        num_rounds=federation.num_rounds,
-        steps=steps,
-        epochs=epochs,
-        carry=federation.client_state == "carry",
-        seed=args.training.seed,
-        round_timeout_s=federation.round_timeout_s,
-        max_failed_rounds=federation.max_failed_rounds,
-    )
-
-
 def _server_run(args: Arguments, worker: Worker, method: Method, on_round: RoundHook) -> ServerRun:
-    init_adapter = args.adapter.init_adapter
-    return ServerRun(
-        method=method,
-        plan=plan_of(args),
-        num_clients=len(worker.train),
+    seed = args.training.seed
+    return ServerRun.of(
+        args.federation,
+        Plan.of(args.federation, run=str(seed), seed=seed),
+        method,
         on_round=on_round,
-        fraction_train=args.federation.fraction_train,
-        min_replies=args.federation.min_replies,
-        init_adapter=Path(init_adapter) if init_adapter else None,
+        min_clients=len(worker.train),
+        init_adapter=args.adapter.init_adapter,
     )
 
 
 def _hook(store: RunStore, progress: Progress, trackers: RoundTracker) -> RoundHook:
     def on_round(state: ServerState, record: dict[str, Any]) -> None:
         store.on_round(state, record)
-        trackers.log(record["round"], _scalars(record))
+        trackers.log(record["round"], round_scalars(record))
         if record["round"]:
             facts = {"eval_loss": record["eval_loss"], "train_loss": record["train_loss"]}
             if record["refused"]:
@@ -125,16 +129,6 @@ def _hook(store: RunStore, progress: Progress, trackers: RoundTracker) -> RoundH
             progress.advance(1, **facts)
 
     return on_round
-
-
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    timing = {f"time_{key}_s": value for key, value in record["time"].items()}
-    flat = {**record, **record["eval_metrics"], **timing, "replies": len(record.get("replies", []))}
-    return {
-        key: float(value)
-        for key, value in flat.items()
-        if key != "round" and isinstance(value, int | float)
-    }
 
 
 def _engine(args: Arguments) -> Engine:

@@ -38,6 +38,8 @@ OWN = frozenset(
         "best",
         "checkpoints",
         "clients",
+        "deployment",
+        "federation.json",
         "logs",
         "loss.png",
         "model",
@@ -45,6 +47,8 @@ OWN = frozenset(
         "rounds.jsonl",
         "run.json",
         "seeds",
+        "stop",
+        "submission.json",
         "summary.json",
         "tensorboard",
     ]

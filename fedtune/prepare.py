@@ -17,7 +17,7 @@ from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
 from fedtune.errors import ConfigError, FedtuneError
 
-__all__ = ["Prepared", "load_silos", "prepare", "steps_per_client"]
+__all__ = ["Prepared", "load_silos", "prepare", "steps_per_client", "with_seed"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def prepare(
     worker = Worker(
         build_model,
         build_trainer,
-        _with_seed(args, seed),
+        with_seed(args, seed),
         dict(zip(silos.names, silos.train, strict=True)),
         silos.evaluation,
         work_dir,
@@ -72,7 +72,8 @@ def steps_per_client(args: Arguments, worker: Worker) -> list[int]:
     return [steps_of(worker.trainer(name), *args.federation.budget) for name in worker.train]
 
 
-def _with_seed(args: Arguments, seed: int) -> Arguments:
+def with_seed(args: Arguments, seed: int) -> Arguments:
+    """The same settings with `seed` for model and data order."""
     seeded = copy.copy(args)
     seeded.training = copy.deepcopy(args.training)
     seeded.training.seed = seeded.training.data_seed = seed

@@ -12,7 +12,7 @@ from typing import Any
 from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.compare.arms import ArmInput, run_arm
 from fedtune.compare.series import of_history
-from fedtune.compare.summary import build_summary
+from fedtune.compare.summary import build_summary, settings_of
 from fedtune.config import Arguments
 from fedtune.data import format_table
 from fedtune.data.silos import Silos
@@ -106,7 +106,12 @@ def _write(
 ) -> dict[str, Any]:
     """Summary, picture and report of one seed or of all."""
     summary = build_summary(
-        args, results, clients=prepared.clients, model_bytes=prepared.model_bytes
+        args.federation,
+        results,
+        seeds=args.seeds,
+        clients=prepared.clients,
+        model_bytes=prepared.model_bytes,
+        config=settings_of(args),
     )
     write_json(directory / "summary.json", summary)
     draw_loss(load_summary(directory), directory / "loss.png")

@@ -4,7 +4,8 @@ import pytest
 from trl import SFTConfig
 
 from fedtune import checks
-from fedtune.checks import check_arguments, strategy_settings
+from fedtune.checks import check_arguments
+from fedtune.config import strategy_settings
 from fedtune.errors import ConfigError
 from fedtune.settings import parse_arguments
 from fedtune.strategies import METHODS, FedAvg

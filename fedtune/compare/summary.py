@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtune.compare.series import mean_series
 from fedtune.compare.verdict import verdict
-from fedtune.config import Arguments, sampled_clients
+from fedtune.config import Arguments, FederationArguments, sampled_clients
 
 __all__ = ["SeedResult", "build_summary"]
 
@@ -21,14 +21,19 @@ SeedResult = Mapping[str, Mapping[str, Any]]
 
 
 def build_summary(
-    args: Arguments,
+    federation: FederationArguments,
     results: Sequence[SeedResult],
     *,
+    seeds: Sequence[int],
     clients: Sequence[Mapping[str, Any]],
     model_bytes: int,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The summary over seeds; series are means, `runs` holds one series per seed."""
-    sampled = sampled_clients(args.federation.fraction_train, len(clients))
+    """The summary over seeds; series are means, `runs` holds one series per seed.
+
+    `model_bytes` is 0 where the size of the whole model is not known; `config` is every setting.
+    """
+    sampled = sampled_clients(federation.fraction_train, len(clients))
     series = {
         name: [_plain_series(result[name]) for result in results]
         for name in results[0]
@@ -47,10 +52,10 @@ def build_summary(
             "first_diff_step": next((step for step in steps if step is not None), None),
         }
     return {
-        "strategy": args.federation.strategy,
-        "engine": args.federation.engine,
+        "strategy": federation.strategy,
+        "engine": federation.engine,
         "codec": "none",
-        "seeds": args.seeds,
+        "seeds": list(seeds),
         "arms": arms,
         "verdict": verdict(
             series,
@@ -59,7 +64,7 @@ def build_summary(
             time_split=_time_split(results),
         ),
         "data": {"clients": list(clients)},
-        "config": settings_of(args),
+        "config": dict(config),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
 

@@ -98,7 +98,7 @@ def check_lengths(
     """
     room = None if context is None else context - virtual_tokens
     taken = f" minus {virtual_tokens} virtual tokens" if virtual_tokens else ""
-    if room is not None and room < 1:
+    if context is not None and context <= virtual_tokens:
         raise DataError(
             f"--num_virtual_tokens: expected fewer than {context} (the model's context), received "
             f"{virtual_tokens}: no room is left for text. Fix: --num_virtual_tokens {context // 2}"

@@ -21,7 +21,7 @@ from fedtune.errors import ConfigError
 from fedtune.report import text
 from fedtune.report.series import number
 
-__all__ = ["RoundTracker", "open_trackers"]
+__all__ = ["RoundTracker", "open_trackers", "round_scalars"]
 
 MAX_PARAM = 500  # characters of one setting; MLflow refuses more than 6000
 
@@ -170,3 +170,14 @@ def _wandb(logs: Path, run_name: str, settings: dict[str, str], _: ExitStack) ->
 
 
 _BUILD = {"mlflow": _mlflow, "tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def round_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a round's record, flat."""
+    timing = {f"time_{key}_s": value for key, value in record["time"].items()}
+    flat = {**record, **record["eval_metrics"], **timing, "replies": len(record.get("replies", []))}
+    return {
+        key: float(value)
+        for key, value in flat.items()
+        if key != "round" and isinstance(value, int | float)
+    }

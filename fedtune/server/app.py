@@ -1,27 +1,28 @@
-"""The ServerApp: meet the clients, agree on the adapter, run the rounds."""
+"""The ServerApp: meet the clients, agree on the adapter, run the rounds, say goodbye."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.adapters import Manifest, check, load_init_adapter
-from fedtune.errors import FedtuneError, RoundError
+from fedtune.config import FederationArguments
+from fedtune.errors import FedtuneError, RoundError, RunStopped
 from fedtune.server.checkpoint import ServerState
+from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import Plan, RoundHook, run_rounds
 from fedtune.strategies import Method
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import one_line
 from fedtune.transport.grid import EagerGrid, Traffic
-from fedtune.transport.messages import INITIAL, SETUP, pack
+from fedtune.transport.messages import INITIAL, Member, PlanTask, pack
 from fedtune.transport.records import config_of, params_of
 
-__all__ = ["ServerRun", "server_app"]
+__all__ = ["JOIN_TIMEOUT_S", "ServerRun", "server_app"]
 
 JOIN_TIMEOUT_S = 120.0
 
@@ -33,23 +34,51 @@ class ServerRun:
     Attributes:
         method: the aggregation.
         plan: rounds and budgets.
-        num_clients: nodes to wait for.
+        min_clients: nodes to wait for before the first round.
         on_round: called with the state and the record of every finished round.
         start: state to continue from, or None to begin.
         init_adapter: directory of the first global adapter, or None to take a client's.
+        join_timeout_s: how long to wait for them.
+        deployed: whether clients are sites that come and go, and must be told of the end.
+        on_clients: called with who takes part, and who does not and why, whenever that changes.
         result: the last state, once the run is over.
     """
 
     method: Method
     plan: Plan
-    num_clients: int
+    min_clients: int
     on_round: RoundHook
     fraction_train: float = 1.0
     min_replies: str | None = None
     start: ServerState | None = None
     init_adapter: Path | None = None
+    join_timeout_s: float = JOIN_TIMEOUT_S
+    deployed: bool = False
+    on_clients: ClientsHook = lambda clients: None
     result: ServerState | None = field(default=None, init=False)
     error: FedtuneError | None = field(default=None, init=False)
+
+    @classmethod
+    def of(
+        cls,
+        federation: FederationArguments,
+        plan: Plan,
+        method: Method,
+        *,
+        on_round: RoundHook,
+        min_clients: int,
+        init_adapter: str | None,
+    ) -> ServerRun:
+        """The run that the flags of a federation ask for."""
+        return cls(
+            method,
+            plan,
+            min_clients,
+            on_round,
+            fraction_train=federation.fraction_train,
+            min_replies=federation.min_replies,
+            init_adapter=Path(init_adapter) if init_adapter else None,
+        )
 
 
 def server_app(run: ServerRun) -> ServerApp:
@@ -59,45 +88,76 @@ def server_app(run: ServerRun) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            run.result = _serve(EagerGrid(grid), run)
+            run.result = serve(EagerGrid(grid), run)
         except FedtuneError as error:
             run.error = error
 
     return app
 
 
-def _serve(grid: EagerGrid, run: ServerRun) -> ServerState:
-    nodes = _wait_for_nodes(grid.get_node_ids, run.num_clients)
-    state = run.start or _first_state(grid, nodes[0], run.init_adapter)
+def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
+    """Run `run` over the nodes of `grid`; returns the last state, raises FedtuneError."""
+    members = Membership(
+        grid,
+        _plan_task(run.plan),
+        min_clients=run.min_clients,
+        join_timeout_s=run.join_timeout_s,
+        patient=run.deployed,
+        on_change=run.on_clients,
+    )
+    first = members.gather()
+    state = run.start or _first_state(grid, first, run)
     grid.traffic = Traffic()
-    clients = _set_up(grid, nodes, state)
+    members.admit(state)
     strategy = FedStrategy(
         run.method,
         state.manifest,
-        clients,
         fraction_train=run.fraction_train,
         min_replies=run.min_replies,
         seed=run.plan.seed,
+        run_id=run.plan.run,
+        ttl_s=run.plan.round_timeout_s,
     )
-    return run_rounds(grid, strategy, run.plan, state, run.on_round)
+    if not run.deployed:
+        return run_rounds(grid, strategy, run.plan, state, run.on_round, members)
+    reason = "failed"
+    try:
+        run_rounds(grid, strategy, run.plan, state, run.on_round, members)
+        reason = "done"
+    except RunStopped:
+        reason = "stopped"
+        raise
+    except RoundError as error:
+        reason = f"failed: {error}"
+        raise
+    finally:
+        members.finish(state.params, state.round, reason)
+    return state
 
 
-def _wait_for_nodes(get_node_ids: Callable[[], list[int]], count: int) -> list[int]:
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
-    while len(nodes := get_node_ids()) < count:
-        if time.monotonic() > deadline:
-            raise RoundError(
-                f"expected {count} clients within {JOIN_TIMEOUT_S:.0f} s, {len(nodes)} are there."
-            )
-        time.sleep(0.05)
-    return nodes
+def _plan_task(plan: Plan) -> PlanTask:
+    return PlanTask(
+        run=plan.run,
+        num_rounds=plan.num_rounds,
+        steps=plan.steps,
+        epochs=plan.epochs,
+        carry=plan.carry,
+        seed=plan.seed,
+        idle_timeout_s=plan.round_timeout_s,
+        version=version("fedtune"),
+    )
 
 
-def _first_state(grid: EagerGrid, node: int, init_adapter: Path | None) -> ServerState:
-    (reply,) = _ask(grid, [Message(pack(config={"round": 0}), node, INITIAL)])
+def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState:
+    message = Message(pack(config={"run": run.plan.run, "round": 0}), member.node, INITIAL)
+    (reply,) = grid.send_and_receive([message])
+    if reply.has_error():
+        raise RoundError(
+            f"{member.name} could not give its adapter: {one_line(reply.error.reason)}"
+        )
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
-    if init_adapter is not None:
-        params, static = load_init_adapter(init_adapter, manifest)
+    if run.init_adapter is not None:
+        params, static = load_init_adapter(run.init_adapter, manifest)
         return ServerState(round=0, params=params, static=static, manifest=manifest)
     params = params_of(reply.content.array_records["arrays"])
     static_record = reply.content.array_records.get("static")
@@ -105,24 +165,3 @@ def _first_state(grid: EagerGrid, node: int, init_adapter: Path | None) -> Serve
     check(params, manifest)
     check(static, manifest, static=True)
     return ServerState(round=0, params=params, static=static, manifest=manifest)
-
-
-def _set_up(grid: EagerGrid, nodes: list[int], state: ServerState) -> dict[int, str]:
-    """Hand every client the manifest and the static tensors; returns node -> client name."""
-    content = pack(arrays=state.static, config={"manifest": state.manifest.to_json()})
-    replies = _ask(grid, [Message(content, node, SETUP) for node in nodes])
-    names = {
-        reply.metadata.src_node_id: str(config_of(reply.content)["client"]) for reply in replies
-    }
-    if len(set(names.values())) < len(nodes):
-        raise RoundError(f"expected {len(nodes)} clients, {sorted(names.values())} answered.")
-    return names
-
-
-def _ask(grid: EagerGrid, messages: list[Message]) -> list[Message]:
-    replies = []
-    for reply in grid.send_and_receive(messages, timeout=None):
-        if reply.has_error():
-            raise RoundError(f"a client could not start: {one_line(reply.error.reason)}")
-        replies.append(reply)
-    return replies

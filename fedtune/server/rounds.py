@@ -11,8 +11,10 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord
 
+from fedtune.config import FederationArguments
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
+from fedtune.server.membership import Membership
 from fedtune.strategies.shell import FedStrategy, Outcome, needed_replies
 from fedtune.strategies.updates import finite_or_none
 from fedtune.transport.grid import EagerGrid, Traffic
@@ -36,6 +38,8 @@ class Plan:
         epochs: passes of a client over its rows per round, or 0.
         carry: whether clients keep optimizer, scheduler, RNG and data position.
         max_failed_rounds: failures of one round that are retried; one more ends the run.
+        sites_evaluate: whether each client scores the global parameters on rows of its own, so that
+            they travel for it; in a simulation the pooled rows are the coordinator's.
     """
 
     run: str
@@ -46,6 +50,21 @@ class Plan:
     seed: int
     round_timeout_s: float = 3600.0
     max_failed_rounds: int = 2
+    sites_evaluate: bool = False
+
+    @classmethod
+    def of(cls, federation: FederationArguments, **others: Any) -> Plan:
+        """The plan that the flags of a federation ask for."""
+        steps, epochs = federation.budget
+        return cls(
+            num_rounds=federation.num_rounds,
+            steps=steps,
+            epochs=epochs,
+            carry=federation.client_state == "carry",
+            round_timeout_s=federation.round_timeout_s,
+            max_failed_rounds=federation.max_failed_rounds,
+            **others,
+        )
 
 
 def run_rounds(
@@ -54,6 +73,7 @@ def run_rounds(
     plan: Plan,
     state: ServerState,
     on_round: RoundHook,
+    members: Membership,
 ) -> ServerState:
     """Run the rounds after `state.round` up to `plan.num_rounds`.
 
@@ -62,19 +82,21 @@ def run_rounds(
     state has then been handed to `on_round` already.
     """
     strategy.method_state = state.method_state
+    strategy.members = members.ready()
     arrays = to_arrays(state.params)
     if not state.history:
         first = _first_record(grid, strategy, arrays, plan)
         state.history.append(first)
         on_round(state, first)
     for number in range(state.round + 1, plan.num_rounds + 1):
-        arrays, record = _run_round(grid, strategy, plan, state, number, arrays)
+        arrays, record = _run_round(grid, strategy, plan, state, number, arrays, members)
         state.round = number
         state.params = params_of(arrays)
         state.method_state = strategy.method_state
         state.client_rounds.update(dict.fromkeys(strategy.outcome.accepted, number))
-        if not state.best or record["eval_loss"] < state.best["eval_loss"]:
-            state.best = {"round": number, "eval_loss": record["eval_loss"]}
+        loss = record["eval_loss"]
+        if loss is not None and (not state.best or loss < state.best["eval_loss"]):
+            state.best = {"round": number, "eval_loss": loss}
         state.history.append(record)
         on_round(state, record)
     return state
@@ -87,7 +109,7 @@ def _first_record(
     metrics, evaluate_s = _evaluate(grid, strategy, plan, 0, arrays)
     return {
         "round": 0,
-        **_split_metrics(metrics),
+        **_evaluation(metrics, strategy),
         "train_loss": None,
         "samples": 0,
         "tokens": 0,
@@ -104,12 +126,14 @@ def _run_round(
     state: ServerState,
     number: int,
     arrays: ArrayRecord,
+    members: Membership,
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     started, traffic = time.perf_counter(), Traffic()
     failures: list[dict[str, Any]] = []
     while True:
         attempt = len(failures) + 1
         grid.traffic, grid.wait_s = Traffic(), 0.0
+        strategy.members = members.ready()
         strategy.tasks = _tasks(strategy, plan, state, number, attempt)
         replies = grid.send_and_receive(
             strategy.configure_train(number, arrays, ConfigRecord(), grid.grid),
@@ -117,6 +141,7 @@ def _run_round(
         )
         new, _ = strategy.aggregate_train(number, replies)
         outcome = strategy.outcome
+        members.doubt(refusal.node for refusal in outcome.refused)
         traffic.down += grid.traffic.down
         traffic.up += grid.traffic.up
         if new is not None:
@@ -134,7 +159,7 @@ def _run_round(
     return new, {
         "round": number,
         "attempt": attempt,
-        **_split_metrics(metrics),
+        **_evaluation(metrics, strategy),
         "train_loss": outcome.train_loss,
         "samples": last["samples"] + outcome.total("examples"),
         "tokens": last["tokens"] + outcome.total("tokens"),
@@ -179,15 +204,18 @@ def _tasks(
 def _evaluate(
     grid: EagerGrid, strategy: FedStrategy, plan: Plan, number: int, arrays: ArrayRecord
 ) -> tuple[dict[str, float], float]:
-    # Scoring the pooled held-out set is the coordinator's own work, so its bytes are not traffic.
+    """Metrics of the global parameters, none when nobody can score them; and seconds."""
     traffic, wait_s, started = grid.traffic, grid.wait_s, time.perf_counter()
     grid.traffic = Traffic()
     messages = strategy.configure_evaluate(number, arrays, ConfigRecord(), grid.grid)
     replies = grid.send_and_receive(messages, timeout=plan.round_timeout_s)
     metrics = strategy.aggregate_evaluate(number, replies)
+    if plan.sites_evaluate:
+        traffic.down += grid.traffic.down
+        traffic.up += grid.traffic.up
     grid.traffic, grid.wait_s = traffic, wait_s
     plain = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
-    if not math.isfinite(plain.get("eval_loss", math.nan)):
+    if plain and not math.isfinite(plain.get("eval_loss", math.nan)):
         raise RoundError(
             f"evaluation of round {number}: expected a finite eval_loss, received "
             f"{plain.get('eval_loss')}. Lower the learning rate, or check the held-out rows."
@@ -195,9 +223,11 @@ def _evaluate(
     return plain, round(time.perf_counter() - started, 4)
 
 
-def _split_metrics(metrics: dict[str, float]) -> dict[str, Any]:
+def _evaluation(metrics: dict[str, float], strategy: FedStrategy) -> dict[str, Any]:
     others = {key: finite_or_none(value) for key, value in metrics.items() if key != "eval_loss"}
-    return {"eval_loss": metrics["eval_loss"], "eval_metrics": others}
+    record = {"eval_loss": metrics.get("eval_loss"), "eval_metrics": others}
+    scores = strategy.scores
+    return {**record, "eval_clients": scores} if len(scores) > 1 else record
 
 
 def _bytes(traffic: Traffic) -> dict[str, int]:

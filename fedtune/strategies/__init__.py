@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from fedtune.config import FederationArguments, strategy_settings
 from fedtune.errors import ConfigError
 from fedtune.strategies.base import ClientStats, Fold, Method, Properties
 from fedtune.strategies.fedavg import FedAvg, FixedGlobal
@@ -20,6 +21,7 @@ __all__ = [
     "RunningMean",
     "build_method",
     "setting_names",
+    "strategy_of",
 ]
 
 METHODS: dict[str, type[Method]] = {"fedavg": FedAvg}
@@ -43,3 +45,12 @@ def build_method(name: str, *, weight_by: str, settings: dict[str, float] | None
             f"--strategy_args: expected settings of {name} ({known}), received {unknown[0]!r}."
         )
     return METHODS[name](weight_by=weight_by, **(settings or {}))  # type: ignore[arg-type]
+
+
+def strategy_of(federation: FederationArguments) -> Method:
+    """The method that `--strategy`, `--strategy_args` and `--weight_by` name."""
+    return build_method(
+        federation.strategy,
+        weight_by=federation.weight_by,
+        settings=strategy_settings(federation.strategy_args),
+    )

@@ -24,7 +24,7 @@ from fedtune.config import sampled_clients
 from fedtune.errors import RoundError
 from fedtune.strategies.base import Method
 from fedtune.strategies.updates import Refusal, Update, UpdateRefusedError, one_line, read_update
-from fedtune.transport.messages import EVALUATE, TRAIN, RoundTask, pack
+from fedtune.transport.messages import EVALUATE, TRAIN, Member, RoundTask, pack
 from fedtune.transport.records import config_of, metrics_of, params_of, to_arrays
 
 __all__ = ["FedStrategy", "Outcome", "needed_replies", "sample_clients"]
@@ -73,32 +73,44 @@ class FedStrategy(Strategy):
     Args:
         method: what to compute.
         manifest: what every update must obey.
-        clients: node id -> client name.
         fraction_train: share of the clients asked in a round.
         min_replies: good updates needed: a number, a fraction of those asked, or None for all.
         seed: of the sampling.
+        run_id: id of the run, which clients know it by.
+        ttl_s: how long a message may wait for its client; infinite when there is no limit.
+
+    Set `members` to who takes part before each use.
     """
 
     def __init__(
         self,
         method: Method,
         manifest: Manifest,
-        clients: Mapping[int, str],
         *,
         fraction_train: float = 1.0,
         min_replies: str | None = None,
         seed: int = 42,
+        run_id: str = "",
+        ttl_s: float = math.inf,
     ) -> None:
         self.method = method
         self.manifest = manifest
-        self.clients = dict(clients)
         self.fraction_train = fraction_train
         self.min_replies = min_replies
         self.seed = seed
+        self.run_id = run_id
+        self.ttl_s = ttl_s
+        self.members: list[Member] = []
+        self.scores: list[dict[str, float | str]] = []
         self.method_state: MethodState = {}
         self.tasks: dict[str, RoundTask] = {}
         self.outcome = Outcome(asked=[])
         self._global: dict[str, Tensor] = {}
+
+    @property
+    def clients(self) -> dict[int, str]:
+        """Node id -> client name."""
+        return {member.node: member.name for member in self.members}
 
     def summary(self) -> None:
         """Log the method and its settings."""
@@ -121,6 +133,7 @@ class FedStrategy(Strategy):
                 pack(arrays=arrays, config=self.tasks[name].record()),
                 nodes[name],
                 TRAIN,
+                ttl=self.ttl_s if math.isfinite(self.ttl_s) else None,
                 group_id=str(server_round),
             )
             for name in self.outcome.asked
@@ -170,34 +183,48 @@ class FedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """In a simulation the held-out set is pooled: the first client's live model scores it."""
-        node = min(self.clients, key=lambda node: self.clients[node])
+        """The global parameters for every client that has held-out rows."""
         content = pack(
-            arrays=arrays, config={"round": server_round, "manifest": self.manifest.hash}
+            arrays=arrays,
+            config={"run": self.run_id, "round": server_round, "manifest": self.manifest.hash},
         )
-        return [Message(content, node, EVALUATE, group_id=str(server_round))]
+        group = str(server_round)
+        nodes = [member.node for member in self.members if member.evaluates]
+        return [Message(content, node, EVALUATE, group_id=group) for node in nodes]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
-        """Mean of each metric weighted by examples; raises RoundError when an evaluation failed."""
-        sums: dict[str, float] = {}
-        examples = 0
+        """Mean of each metric, weighted by the tokens (else the examples) it was measured on.
+
+        `scores` then holds each client's own. Clients that fail are left out; raises RoundError
+        when all do.
+        """
+        self.scores, problems = [], []
+        totals: dict[str, float] = {}
+        weights = 0
         for message in replies:
             name = self.clients.get(message.metadata.src_node_id, "?")
             if message.has_error():
-                raise RoundError(
-                    f"evaluation of round {server_round} failed on {name}: "
-                    f"{one_line(message.error.reason)}"
-                )
+                problems.append(f"{name}: {one_line(message.error.reason)}")
+                continue
             metrics = dict(metrics_of(message.content))
             if config_of(message.content).get("round") != server_round:
+                problems.append(f"{name}: answered for another round")
                 continue
-            weight = int(metrics.pop("num-examples", 0))  # type: ignore[arg-type]
-            examples += weight
-            for key, value in metrics.items():
-                sums[key] = sums.get(key, 0.0) + weight * float(value)  # type: ignore[arg-type]
-        if not examples:
-            raise RoundError(f"evaluation of round {server_round}: no client answered")
-        return MetricRecord({key: value / examples for key, value in sums.items()})
+            examples = int(metrics.pop("num-examples", 0))  # type: ignore[arg-type]
+            weight = int(metrics.pop("num-tokens", 0)) or examples  # type: ignore[arg-type]
+            scores = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+            self.scores.append({"client": name, **scores})
+            weights += weight
+            for key, value in scores.items():
+                totals[key] = totals.get(key, 0.0) + weight * value
+        if problems:
+            log.warning("evaluation of round %d: %s", server_round, "; ".join(problems))
+        if not weights and any(member.evaluates for member in self.members):
+            raise RoundError(
+                f"evaluation of round {server_round} failed: "
+                f"{'; '.join(problems) or 'no client answered'}"
+            )
+        return MetricRecord({key: value / weights for key, value in totals.items()})
 
     def _weight(self, update: Update) -> float:
         return self.method.weigh(update.stats)

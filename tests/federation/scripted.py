@@ -69,6 +69,15 @@ class Script:
         """The ClientApp of all clients."""
         app = ClientApp()
 
+        @app.query("plan")
+        def plan(message: Message, context: Context) -> Message:
+            config = {
+                "client": self.set_up_as or name_of(context),
+                "evaluates": name_of(context) == "client-0",
+                "manifest": MANIFEST.to_json(),
+            }
+            return Message(pack(config=config), reply_to=message)
+
         @app.query("initial")
         def initial(message: Message, context: Context) -> Message:
             content = pack(arrays=self.initial(), config={"manifest": MANIFEST.to_json()})
@@ -176,7 +185,7 @@ def serve(
     with task_identity(1, 1):
         app = script.app()
         context = InlineGrid(app, 1)._contexts[2]
-        server_app(run)(grid_type(app, run.num_clients, **grid), context)
+        server_app(run)(grid_type(app, run.min_clients, **grid), context)
     return run
 
 

@@ -134,7 +134,7 @@ def server_run(
     return ServerRun(
         method=method or FedAvg(),
         plan=replace(PLAN, **plan),
-        num_clients=clients,
+        min_clients=clients,
         on_round=on_round,
         start=start,
         fraction_train=fraction_train,

@@ -298,7 +298,7 @@ def test_clients_that_never_answer_end_the_run() -> None:
 
 def test_an_evaluation_that_never_answers_ends_the_run() -> None:
     run = server_run(2, num_rounds=1, round_timeout_s=0.1)
-    with pytest.raises(RoundError, match="evaluation of round 0: no client answered"):
+    with pytest.raises(RoundError, match="evaluation of round 0 failed: no client answered"):
         result_of(serve(run, Script(), deliver=without("evaluate")))
 
 
@@ -354,9 +354,7 @@ def test_a_sample_does_not_depend_on_the_order_of_names() -> None:
 
 
 def test_clients_with_the_same_name_are_noticed() -> None:
-    """Every node answers set-up as client-0."""
+    """Every node calls itself client-0."""
     script = Script(set_up_as="client-0")
-    with pytest.raises(
-        RoundError, match=r"expected 2 clients, \['client-0', 'client-0'\] answered"
-    ):
+    with pytest.raises(RoundError, match="another connected client is called client-0"):
         result_of(serve(server_run(2), script))

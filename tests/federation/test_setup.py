@@ -16,7 +16,6 @@ from fedtune.adapters import Manifest, collect_static, export_adapter
 from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
 from fedtune.errors import ConfigError, ManifestError, RoundError
-from fedtune.server import app as server
 from tests.federation.scripted import MANIFEST, SHAPES, Script, first_params, serve
 from tests.federation.small import (
     build_model,
@@ -30,15 +29,15 @@ from tests.federation.small import (
 from tests.tiny import tiny_llama
 
 
-def test_waiting_for_clients_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "JOIN_TIMEOUT_S", 0.1)
-
+def test_waiting_for_clients_has_an_end() -> None:
     class Late(InlineGrid):
         def get_node_ids(self) -> Iterable[int]:
             return list(super().get_node_ids())[:2]
 
     run = server_run(3)
-    with pytest.raises(RoundError, match="expected 3 clients within 0 s, 2 are there"):
+    run.join_timeout_s = 0.1
+    expected = r"expected 3 clients within 0 s, 2 are there \(client-0, client-1\)"
+    with pytest.raises(RoundError, match=expected):
         result_of(serve(run, Script(), grid_type=Late))
 
 

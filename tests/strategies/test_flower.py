@@ -14,7 +14,7 @@ from fedtune.engines.inline import InlineGrid
 from fedtune.strategies import FedAvg
 from fedtune.strategies.shell import FedStrategy
 from fedtune.transport.grid import EagerGrid
-from fedtune.transport.messages import RoundTask
+from fedtune.transport.messages import Member, RoundTask
 from fedtune.transport.records import params_of, to_arrays
 from tests.federation.scripted import in_a_task
 from tests.federation.small import small_worker
@@ -32,7 +32,8 @@ def test_flowers_fedavg_reads_the_replies_of_real_clients(tmp_path: Path, weight
         grid = InlineGrid(client_app(lambda: worker), 3)
         names = dict(zip(grid.get_node_ids(), worker.train, strict=True))
         weight_by = "examples" if weighted_by == "num-examples" else "tokens"
-        ours = FedStrategy(FedAvg(weight_by=weight_by), worker.manifest, names)
+        ours = FedStrategy(FedAvg(weight_by=weight_by), worker.manifest)
+        ours.members = [Member(node, name) for node, name in names.items()]
         task = RoundTask("42", 1, 1, 1, worker.manifest.hash, 2, 0.0, True, 42)
         ours.tasks = dict.fromkeys(names.values(), task)
         arrays = to_arrays(worker.initial()[0])
@@ -58,7 +59,8 @@ def test_flowers_fedavg_reads_our_evaluations(tmp_path: Path) -> None:
     with in_a_task():
         grid = InlineGrid(client_app(lambda: worker), 2)
         names = dict(zip(grid.get_node_ids(), worker.train, strict=True))
-        ours = FedStrategy(FedAvg(), worker.manifest, names)
+        ours = FedStrategy(FedAvg(), worker.manifest)
+        ours.members = [Member(n, name, name == worker.evaluator) for n, name in names.items()]
         arrays = to_arrays(worker.initial()[0])
         messages = ours.configure_evaluate(3, arrays, ConfigRecord(), grid)
         replies = list(EagerGrid(grid).send_and_receive(messages))

@@ -1,0 +1,226 @@
+"""Who takes part: nodes that know the plan and hold the same adapter.
+
+In a deployment they come and go, so the server looks again before every round.
+
+A node is asked twice. `plan` tells it what the run will ask for and starts its trainer; it answers
+with its name and its adapter's manifest. `setup` hands it the run's manifest and static tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flwr.app import ConfigRecord, Message
+from torch import Tensor
+
+from fedtune.adapters import Manifest
+from fedtune.errors import RoundError
+from fedtune.server.checkpoint import ServerState
+from fedtune.strategies.updates import one_line
+from fedtune.transport.grid import EagerGrid
+from fedtune.transport.messages import FINISH, PLAN, SETUP, Member, PlanTask, pack
+from fedtune.transport.records import config_of
+
+__all__ = ["ClientsHook", "Membership"]
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0  # a refused site may have been put right by then
+FINISH_TIMEOUT_S = 20.0
+
+
+ClientsHook = Callable[[list[dict[str, Any]]], None]
+
+# new -> asked -> planned -> setting up -> ready; refused at either answer, and asked again later.
+Stage = Literal["new", "asked", "planned", "setting up", "ready", "refused"]
+
+
+@dataclass
+class _Node:
+    """How far a node has come."""
+
+    stage: Stage = "new"
+    pending: str = ""
+    member: Member | None = None
+    manifest: str = ""
+    problem: str = ""
+    retry_at: float = 0.0
+
+
+class Membership:
+    """The nodes of a run.
+
+    Args:
+        plan: what every node is told.
+        min_clients: nodes that must be ready before a round.
+        join_timeout_s: how long to wait for them.
+        patient: whether a node that refuses is asked again (a deployment), or ends the run (a
+            simulation, whose clients cannot change).
+        on_change: called with a row for every node when one of them has come further.
+    """
+
+    def __init__(
+        self,
+        grid: EagerGrid,
+        plan: PlanTask,
+        *,
+        min_clients: int,
+        join_timeout_s: float,
+        patient: bool,
+        on_change: ClientsHook = lambda clients: None,
+    ) -> None:
+        self._grid, self._plan = grid, plan
+        self._min_clients, self._join_timeout_s = min_clients, join_timeout_s
+        self._patient, self._on_change = patient, on_change
+        self._shown: list[dict[str, Any]] = []
+        self._nodes: dict[int, _Node] = {}
+        self._state: ServerState | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        """Nodes that are ready, by name."""
+        return self._at("ready")
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why nodes do not take part, by name or node id."""
+        return {
+            node.member.name if node.member else f"node {number}": node.problem
+            for number, node in self._nodes.items()
+            if node.stage == "refused"
+        }
+
+    def gather(self) -> Member:
+        """Wait until enough nodes know the plan; returns the one that the run starts from."""
+        return self._wait("planned")[0]
+
+    def admit(self, state: ServerState) -> None:
+        """From now on nodes with this state's adapter are set up."""
+        self._state = state
+
+    def ready(self) -> list[Member]:
+        """Look who is there now; waits while there are fewer than needed.
+
+        Raises:
+            RoundError: too few within the join timeout, or a client of a simulation refused.
+        """
+        return self._wait("ready")
+
+    def doubt(self, nodes: Iterable[int]) -> None:
+        """These failed: their trainer may be a new one, so they are asked from the start."""
+        if self._patient:
+            for number in nodes:
+                self._nodes.pop(number, None)
+
+    def finish(self, params: Mapping[str, Tensor], round_number: int, reason: str) -> None:
+        """Tell every member that the run is over; those that do not answer soon are left alone."""
+        goodbye = ConfigRecord({"run": self._plan.run, "round": round_number, "reason": reason})
+        content = pack(arrays=params, config=goodbye)
+        messages = [Message(content, member.node, FINISH) for member in self.members]
+        for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
+            if reply.has_error():
+                log.warning("finish: %s", one_line(reply.error.reason))
+
+    def _at(self, stage: Stage) -> list[Member]:
+        found = [node.member for node in self._nodes.values() if node.stage == stage]
+        return sorted((member for member in found if member), key=lambda member: member.name)
+
+    def _wait(self, stage: Stage) -> list[Member]:
+        deadline = time.monotonic() + self._join_timeout_s
+        while True:
+            idle = not self._look()
+            found = self._at(stage)
+            if idle and len(found) >= self._min_clients:
+                return found
+            if not self._patient and self.problems:
+                raise RoundError(f"a client could not start: {next(iter(self.problems.values()))}")
+            if time.monotonic() > deadline:
+                raise RoundError(self._too_few(found))
+            if idle:
+                self._grid.pause()
+
+    def _too_few(self, found: list[Member]) -> str:
+        names = ", ".join(member.name for member in found) or "none"
+        refused = "".join(f"; {name}: {why}" for name, why in sorted(self.problems.items()))
+        starting = sum(node.stage in ("asked", "setting up") for node in self._nodes.values())
+        return (
+            f"expected {self._min_clients} clients within {self._join_timeout_s:.0f} s, "
+            f"{len(found)} are there ({names}), {starting} are starting{refused}."
+        )
+
+    def _look(self) -> bool:
+        """Forget who left, ask whom it is time to ask, take answers; whether there were any."""
+        connected = set(self._grid.get_node_ids())
+        for number in set(self._nodes) - connected:
+            gone = self._nodes.pop(number)
+            if gone.member:
+                log.warning("%s has left", gone.member.name)
+        for number in sorted(connected):
+            self._ask(number, self._nodes.setdefault(number, _Node()))
+        pending = {node.pending: number for number, node in self._nodes.items() if node.pending}
+        replies = list(self._grid.pull(pending)) if pending else []
+        for reply in replies:
+            number = pending[reply.metadata.reply_to_message_id]
+            self._take(number, self._nodes[number], reply)
+        rows = [_row(number, node) for number, node in sorted(self._nodes.items())]
+        if rows != self._shown:
+            self._shown = rows
+            self._on_change(rows)
+        return bool(replies)
+
+    def _ask(self, number: int, node: _Node) -> None:
+        due = node.stage == "refused" and time.monotonic() > node.retry_at
+        if node.stage == "new" or due:
+            node.stage = "asked"
+            self._push(node, Message(pack(config=self._plan.record()), number, PLAN))
+        elif node.stage == "planned" and self._state is not None:
+            problem = _other_adapter(node, self._state.manifest)
+            if problem:
+                self._refuse(number, node, problem)
+                return
+            node.stage = "setting up"
+            config = {"run": self._plan.run, "manifest": self._state.manifest.to_json()}
+            content = pack(arrays=self._state.static, config=config)
+            self._push(node, Message(content, number, SETUP))
+
+    def _push(self, node: _Node, message: Message) -> None:
+        (node.pending,) = self._grid.push([message])
+
+    def _take(self, number: int, node: _Node, reply: Message) -> None:
+        node.pending = ""
+        if reply.has_error():
+            self._refuse(number, node, one_line(reply.error.reason))
+        elif node.stage == "asked":
+            config = config_of(reply.content)
+            name = str(config["client"])
+            if any(other.member and other.member.name == name for other in self._others(number)):
+                problem = f"another connected client is called {name}; give each site its --name"
+                self._refuse(number, node, problem)
+                return
+            node.member = Member(number, name, bool(config["evaluates"]))
+            node.manifest, node.stage, node.problem = str(config["manifest"]), "planned", ""
+        else:
+            node.stage = "ready"
+
+    def _others(self, number: int) -> list[_Node]:
+        return [node for key, node in self._nodes.items() if key != number]
+
+    def _refuse(self, number: int, node: _Node, problem: str) -> None:
+        node.stage, node.problem = "refused", problem
+        node.retry_at = time.monotonic() + RETRY_S
+        name = node.member.name if node.member else f"node {number}"
+        log.warning("%s cannot take part: %s", name, problem)
+
+
+def _other_adapter(node: _Node, manifest: Manifest) -> str:
+    """Why the node's adapter is not the global one; a node without a model takes what it gets."""
+    return manifest.objection_to(Manifest.from_json(node.manifest)) if node.manifest else ""
+
+
+def _row(number: int, node: _Node) -> dict[str, Any]:
+    name = node.member.name if node.member else f"node {number}"
+    return {"client": name, "state": node.stage, "problem": node.problem or None}

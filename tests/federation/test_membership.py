@@ -1,0 +1,206 @@
+"""Sites of a deployment join late, leave, come back, refuse, and are told of the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.adapters import Manifest
+from fedtune.errors import RoundError
+from fedtune.server import membership
+from fedtune.server.app import ServerRun
+from fedtune.server.checkpoint import ServerState
+from fedtune.transport.messages import RoundTask, pack
+from fedtune.transport.packing import packed
+from fedtune.transport.records import params_of
+from tests.federation.scripted import MANIFEST, Script, ScriptedGrid, name_of, serve
+from tests.federation.small import result_of, server_run
+
+FIRST_NODE = 2
+
+
+class Deployment(Script):
+    """Scripted sites that remember whom they were asked what, and what `finish` told them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.asked: list[tuple[str, str]] = []
+        self.finished: dict[str, tuple[float, str]] = {}
+        self.refuse: dict[str, str] = {}
+        self.manifests: dict[str, Manifest] = {}
+
+    def app(self) -> ClientApp:
+        app = ClientApp(mods=[packed])
+        scripted = super().app()
+
+        def noted(message: Message, context: Context) -> Message:
+            kind, name = message.metadata.message_type, name_of(context)
+            self.asked.append((name, kind))
+            if kind == "query.plan":
+                if name in self.refuse:
+                    raise RuntimeError(self.refuse[name])
+                config: dict[str, str | int | float | bool] = {
+                    "client": name,
+                    "evaluates": True,
+                    "manifest": self.manifests.get(name, MANIFEST).to_json(),
+                }
+                return Message(pack(config=config), reply_to=message)
+            if kind == "query.finish":
+                params = params_of(message.content.array_records["arrays"])
+                reason = str(message.content.config_records["config"]["reason"])
+                self.finished[name] = (float(params["b"][0]), reason)
+                return Message(pack(config={"client": name}), reply_to=message)
+            return scripted(message, context)
+
+        for kind in ("plan", "initial", "setup", "finish"):
+            app.query(kind)(noted)
+        app.train()(noted)
+        app.evaluate()(noted)
+        return app
+
+
+def deployed(clients: int, **options: Any) -> ServerRun:
+    run = server_run(clients, **options)
+    run.deployed = True
+    run.join_timeout_s = 0.3
+    return run
+
+
+def serve_sites(
+    run: ServerRun, sites: Deployment, there: Callable[[int], Iterable[int]], nodes: int
+) -> ServerRun:
+    """`there(round)` numbers the sites that are connected once a round has been finished."""
+    rounds = 0
+
+    class Sites(ScriptedGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            return [FIRST_NODE + k for k in there(rounds)]
+
+    inner = run.on_round
+
+    def on_round(state: ServerState, record: dict[str, Any]) -> None:
+        nonlocal rounds
+        rounds = state.round
+        inner(state, record)
+
+    run.on_round = on_round
+    clients, run.min_clients = run.min_clients, nodes  # the grid has as many nodes as that
+
+    class Fewer(Sites):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            run.min_clients = clients
+
+    return serve(run, sites, grid_type=Fewer)
+
+
+def trained(sites: Deployment) -> list[tuple[str, int]]:
+    return [(name, task.round) for name, task in sites.tasks]
+
+
+def test_a_site_joins_late_leaves_and_comes_back() -> None:
+    """client-2 joins after round 1, client-1 is away in round 3: every round has who is there.
+
+    Values: each site adds its number to the global `b`, the mean of those there is taken.
+    """
+    sites = Deployment()
+    there = {0: [0, 1], 1: [0, 1, 2], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2]}
+    run = serve_sites(deployed(2, num_rounds=4), sites, lambda done: there[done], nodes=3)
+    state = result_of(run)
+    per_round = {r: sorted(n for n, k in trained(sites) if k == r) for r in range(1, 5)}
+    assert per_round[1] == ["client-0", "client-1"]
+    assert per_round[3] == ["client-0", "client-2"]
+    assert per_round[4] == ["client-0", "client-1", "client-2"]
+    assert per_round[2] == ["client-0", "client-1", "client-2"]
+    assert torch.equal(state.params["b"], torch.full((3,), 1.5 + 2.0 + 2.0 + 2.0))
+    assert sites.asked.count(("client-1", "query.plan")) == 2  # asked anew when it came back
+
+
+def test_every_site_is_told_of_the_end_with_the_last_global() -> None:
+    sites = Deployment()
+    state = result_of(serve_sites(deployed(2, num_rounds=2), sites, lambda done: [0, 1], nodes=2))
+    last = float(state.params["b"][0])
+    assert sites.finished == {"client-0": (last, "done"), "client-1": (last, "done")}
+
+
+def test_a_failed_run_says_so_at_the_sites() -> None:
+    sites = Deployment(answers={"client-1": _fail})
+    run = deployed(2, num_rounds=2, max_failed_rounds=0)
+    with pytest.raises(RoundError, match="round 1 failed"):
+        result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
+    # the one that failed is asked from the start before it is told anything else
+    assert sites.finished["client-0"][1].startswith("failed: round 1 failed")
+
+
+def test_a_site_that_failed_is_asked_from_the_start_before_its_next_round() -> None:
+    failures = iter([True, False, False])
+
+    def once(content: Any, task: RoundTask) -> Any:
+        return _fail(content, task) if next(failures) else content
+
+    sites = Deployment(answers={"client-1": once})
+    state = result_of(serve_sites(deployed(2, num_rounds=1), sites, lambda done: [0, 1], nodes=2))
+    assert state.history[1]["attempt"] == 2
+    assert sites.asked.count(("client-1", "query.plan")) == 2
+    assert sites.asked.count(("client-0", "query.plan")) == 1
+
+
+def test_who_refuses_is_named_with_the_reason() -> None:
+    sites = Deployment()
+    sites.refuse = {"client-1": "at most 2 rounds"}
+    run = deployed(2)
+    shown: list[list[dict[str, Any]]] = []
+    run.on_clients = shown.append
+    expected = r"expected 2 clients within 0 s, 1 are there \(client-0\).*at most 2 rounds"
+    with pytest.raises(RoundError, match=expected):
+        result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
+    assert [row["state"] for row in shown[-1]] == ["planned", "refused"]
+    assert "at most 2 rounds" in shown[-1][1]["problem"]
+
+
+def test_who_refused_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy site becomes free."""
+    monkeypatch.setattr(membership, "RETRY_S", 0.05)
+    sites = Deployment()
+    asked = 0
+
+    class Busy(dict[str, str]):
+        def __contains__(self, name: object) -> bool:
+            nonlocal asked
+            asked += name == "client-1"
+            return name == "client-1" and asked < 3
+
+    sites.refuse = Busy({"client-1": "busy with another run"})
+    run = deployed(2, num_rounds=1)
+    run.join_timeout_s = 20.0
+    result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
+    assert sites.asked.count(("client-1", "query.plan")) == 3
+
+
+def test_a_site_with_another_adapter_does_not_take_part() -> None:
+    other = Manifest(**{**vars(MANIFEST), "adapter_config": {"peft_type": "LORA", "r": 4}})
+    sites = Deployment()
+    sites.manifests = {"client-1": other}
+    shown: list[list[dict[str, Any]]] = []
+    run = deployed(1, num_rounds=2)
+    run.on_clients = shown.append
+    result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
+    assert {name for name, _ in trained(sites)} == {"client-0"}
+    assert "expected r 2, built 4" in shown[-1][1]["problem"]
+
+
+def test_the_mean_evaluation_is_weighted_and_each_score_kept() -> None:
+    """Both sites score 5 examples: the mean of equal losses; the record names both."""
+    sites = Deployment(eval_loss=lambda params: 2.0)
+    state = result_of(serve_sites(deployed(2, num_rounds=1), sites, lambda done: [0, 1], nodes=2))
+    assert state.history[1]["eval_loss"] == 2.0
+    assert [row["client"] for row in state.history[1]["eval_clients"]] == ["client-0", "client-1"]
+
+
+def _fail(content: Any, task: RoundTask) -> Any:
+    raise RuntimeError("out of memory")

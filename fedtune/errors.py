@@ -5,10 +5,23 @@ FedtuneError
 ├── DataError        files, columns, partitions
 ├── ManifestError    parameters that do not match the adapter they are meant for
 ├── FrameError       bytes on a site's socket that are no message
+├── SiteError        a site that refuses a run, or whose trainer is absent, silent or has ended
+├── DeployError      a process of a deployment that has ended, or an address that does not answer
 └── RoundError       a federation that cannot go on
+    └── RunStopped   because it was asked to end
 """
 
-__all__ = ["ConfigError", "DataError", "FedtuneError", "FrameError", "ManifestError", "RoundError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DeployError",
+    "FedtuneError",
+    "FrameError",
+    "ManifestError",
+    "RoundError",
+    "RunStopped",
+    "SiteError",
+]
 
 
 class FedtuneError(Exception):
@@ -33,3 +46,15 @@ class FrameError(FedtuneError, ValueError):
 
 class RoundError(FedtuneError, RuntimeError):
     """Too many rounds failed, or no client can take part."""
+
+
+class RunStopped(RoundError):
+    """`fedtune stop` ended the run between two rounds."""
+
+
+class SiteError(FedtuneError, RuntimeError):
+    """A site refuses a run, or its trainer is absent, silent, or has ended."""
+
+
+class DeployError(FedtuneError, RuntimeError):
+    """A process of a deployment has ended, or an address does not answer as it should."""

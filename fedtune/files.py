@@ -10,17 +10,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_line", "read_json", "replace_directory", "write_json", "write_text"]
+__all__ = [
+    "append_line",
+    "read_json",
+    "replace_directory",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old file or the new one, never a part."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
+    with temporary.open("wb") as handle:
+        handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,8 @@ trainer.sock    bound by the trainer
 trainer.lock    held by the trainer that owns the socket
 replies/        the last replies, by request key
 status.json     what the trainer is doing, for people
+progress.json   what the relay has handed on: the last round, and whether the run is over
+flower.json     which of Flower's runs goes on here
 ended.json      the script's exit status, once it will not be started again
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 from fedtune.errors import ConfigError
 from fedtune.files import read_json, write_json
 
-__all__ = ["ENVIRONMENT", "RunFolder", "SitePlan"]
+__all__ = ["ENVIRONMENT", "Progress", "RunFolder", "SitePlan"]
 
 ENVIRONMENT = "FEDTUNE_SESSION"  # names the folder to a trainer that `fedtune join` starts
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux, without the closing zero
@@ -38,6 +40,8 @@ class SitePlan:
         epochs: passes over the site's rows per round, or 0.
         carry: whether optimizer, scheduler, RNG and data position continue over rounds.
         idle_timeout_s: how long the trainer waits without a word from the server.
+        max_steps: the site's own limit on the steps of the whole run, or 0; the trainer holds it
+            where only the trainer knows the steps.
     """
 
     run: str
@@ -48,6 +52,22 @@ class SitePlan:
     carry: bool
     seed: int
     idle_timeout_s: float = 3600.0
+    max_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come at this site.
+
+    Attributes:
+        round: the last round that was handed to the trainer; 0 before the first.
+        finished: whether the trainer has confirmed the end of the run.
+        reason: why it ended, in the server's words.
+    """
+
+    round: int = 0
+    finished: bool = False
+    reason: str = ""
 
 
 class RunFolder:
@@ -60,12 +80,7 @@ class RunFolder:
     def create(cls, path: Path) -> RunFolder:
         """Make the folder with a new key; raises ConfigError when its socket's path is too long."""
         folder = cls(path)
-        length = len(os.fsencode(folder.socket))
-        if length > MAX_SOCKET_PATH:
-            raise ConfigError(
-                f"session folder {path}: expected a socket path of at most {MAX_SOCKET_PATH} "
-                f"bytes, received {length}. Set TMPDIR to a shorter directory."
-            )
+        folder.check_length()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.chmod(0o700)
         if not folder.authkey_file.exists():
@@ -74,6 +89,15 @@ class RunFolder:
                 handle.write(secrets.token_bytes(32))
         folder.replies.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def check_length(self) -> None:
+        """Raises ConfigError when no socket can be bound in this folder."""
+        length = len(os.fsencode(self.socket))
+        if length > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"session folder {self.path}: expected a socket path of at most {MAX_SOCKET_PATH} "
+                f"bytes, received {length}. Set TMPDIR to a shorter directory."
+            )
 
     @classmethod
     def of_environment(cls) -> RunFolder | None:
@@ -117,6 +141,15 @@ class RunFolder:
         write_json(self.path / "plan.json", asdict(plan))
 
     @property
+    def flower_run(self) -> str:
+        """Flower's id of the run that last asked for this one; a continued run has another."""
+        return str((self._read("flower.json") or {}).get("run", ""))
+
+    def write_flower_run(self, run_id: str) -> None:
+        """Note which of Flower's runs goes on here."""
+        write_json(self.path / "flower.json", {"run": run_id})
+
+    @property
     def status(self) -> dict[str, Any]:
         """What the trainer last said of itself; empty before that."""
         return self._read("status.json") or {}
@@ -131,9 +164,23 @@ class RunFolder:
         plain = self._read("ended.json")
         return None if plain is None else int(plain["status"])
 
-    def write_exit_status(self, status: int) -> None:
-        """Say that the script will not be started again."""
-        write_json(self.path / "ended.json", {"status": status})
+    @property
+    def end_reason(self) -> str:
+        """Why the script will not be started again, or nothing."""
+        return str((self._read("ended.json") or {}).get("reason", ""))
+
+    def write_exit_status(self, status: int, reason: str = "") -> None:
+        """Say that the script will not be started again, and why."""
+        write_json(self.path / "ended.json", {"status": status, "reason": reason})
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return Progress(**(self._read("progress.json") or {}))
+
+    def write_progress(self, progress: Progress) -> None:
+        """Note how far the run has come."""
+        write_json(self.path / "progress.json", asdict(progress))
 
     def _read(self, name: str) -> Any:
         try:

@@ -64,9 +64,7 @@ def decode(frame: bytes) -> Frame:
         return _decode(frame)
     except FrameError:
         raise
-    except (
-        Exception
-    ) as problem:  # bytes from outside may be wrong in any way
+    except Exception as problem:  # bytes from outside may be wrong in any way
         raise FrameError(
             f"frame: expected a fedtune message, received {len(frame)} bytes that are none "
             f"({type(problem).__name__}: {problem}). Use the same fedtune on both sides."
@@ -74,14 +72,16 @@ def decode(frame: bytes) -> Frame:
 
 
 def request_key(kind: str, content: RecordDict) -> str:
-    """Recognises a repeated request: kind, run, round and sha256 of the tensors sent."""
+    """Recognises a repeated request: kind, run, round, manifest and sha256 of the tensors sent."""
     config = content.config_records.get("config", ConfigRecord())
-    digest = hashlib.sha256(json.dumps([kind, config.get("run"), config.get("round")]).encode())
+    what = [kind, *(config.get(name) for name in ("run", "round", "manifest"))]
+    digest = hashlib.sha256(json.dumps(what).encode())
     for name in sorted(content.array_records):
         record = content.array_records[name]
         for key in sorted(record):
-            digest.update(f"{name}/{key}".encode())
-            digest.update(record[key].data)
+            data = record[key].data
+            digest.update(json.dumps([name, key, len(data)]).encode())
+            digest.update(data)
     return digest.hexdigest()
 
 
@@ -109,4 +109,7 @@ def _decode(frame: bytes) -> Frame:
         content[name] = MetricRecord(values)
     for name, values in header["config"].items():
         content[name] = ConfigRecord(values)
-    return Frame(header["kind"], content, header["error"])
+    kind, error = header["kind"], header["error"]
+    if not isinstance(kind, str) or not isinstance(error, str | None):
+        raise TypeError("kind and error are text")
+    return Frame(kind, content, error)

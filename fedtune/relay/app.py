@@ -1,0 +1,110 @@
+"""The ClientApp of a deployed site: hands every message to the site's long-lived trainer.
+
+Flower starts a new process for each message, so this module loads neither torch nor a model and
+remembers nothing; arrays pass through as the bytes they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.errors import FedtuneError, SiteError
+from fedtune.relay.folder import Progress, RunFolder, SitePlan
+from fedtune.relay.frames import encode
+from fedtune.relay.link import ask
+from fedtune.relay.site import SiteFolder
+from fedtune.transport.packing import packed
+
+__all__ = ["app"]
+
+app = ClientApp(mods=[packed])
+
+
+@app.query("plan")
+def plan(message: Message, context: Context) -> Message:
+    """Accept or refuse a run; acceptance starts the site's script."""
+    return _relay(message, context, lambda site: _begin(message, context, site))
+
+
+@app.query("initial")
+@app.query("setup")
+@app.evaluate()
+def hand_on(message: Message, context: Context) -> Message:
+    """Ask the trainer of the run."""
+    return _relay(message, context, lambda site: site.run(_run(message)))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Ask the trainer of the run; the round that begins is noted for `fedtune join`."""
+
+    def begin_round(site: SiteFolder) -> RunFolder:
+        folder = site.run(_run(message))
+        folder.write_progress(Progress(round=int(str(_config(message).get("round", 0)))))
+        return folder
+
+    return _relay(message, context, begin_round)
+
+
+@app.query("finish")
+def finish(message: Message, context: Context) -> Message:
+    """Let the trainer end; after its answer the site is free for the next run."""
+    reply = hand_on(message, context)
+    folder = SiteFolder.find(context.node_config).run(_run(message))
+    reason = str(_config(message).get("reason", "done"))
+    folder.write_progress(Progress(folder.progress.round, finished=True, reason=reason))
+    return reply
+
+
+def _relay(
+    message: Message, context: Context, folder_of: Callable[[SiteFolder], RunFolder]
+) -> Message:
+    """The trainer's reply; whatever goes wrong, Flower tells the server with the site's name."""
+    site = SiteFolder.find(context.node_config)
+    try:
+        reply = ask(
+            folder_of(site),
+            encode(message.metadata.message_type, message.content),
+            start_timeout_s=site.limits.start_timeout_s,
+            timeout_s=message.metadata.ttl,  # a later reply would be refused by the SuperLink
+        )
+    except FedtuneError as error:
+        raise SiteError(f"site {site.name}: {error}") from None
+    if reply.error is not None:
+        raise SiteError(f"site {site.name}: {reply.error}")
+    return Message(reply.content, reply_to=message)
+
+
+def _begin(message: Message, context: Context, site: SiteFolder) -> RunFolder:
+    return site.begin(_plan_of(message, site), str(context.run_id))
+
+
+def _run(message: Message) -> str:
+    return str(_config(message).get("run", ""))
+
+
+def _plan_of(message: Message, site: SiteFolder) -> SitePlan:
+    config = _config(message)
+    try:
+        return SitePlan(
+            run=str(config["run"]),
+            client=site.name,
+            num_rounds=int(str(config["num_rounds"])),
+            steps=int(str(config["steps"])),
+            epochs=float(str(config["epochs"])),
+            carry=bool(config["carry"]),
+            seed=int(str(config["seed"])),
+            idle_timeout_s=float(str(config["idle_timeout_s"])),
+        )
+    except (KeyError, ValueError) as error:
+        raise SiteError(
+            f"plan: expected numbers for rounds, steps, epochs, seed and idle_timeout_s, received "
+            f"{dict(config)} ({type(error).__name__}: {error}). Use the same fedtune on both sides."
+        ) from None
+
+
+def _config(message: Message) -> ConfigRecord:
+    return message.content.config_records.get("config", ConfigRecord())

@@ -7,14 +7,38 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedtune.client.api import GlobalUpdate, init, is_running, receive, send
+    from fedtune.client.callback import FedTuneCallback
+    from fedtune.client.patch import patch, unpatch
     from fedtune.launcher import launch
 
-__all__ = ["__version__", "launch"]
+__all__ = [
+    "FedTuneCallback",
+    "GlobalUpdate",
+    "__version__",
+    "init",
+    "is_running",
+    "launch",
+    "patch",
+    "receive",
+    "send",
+    "unpatch",
+]
 
 __version__ = version("fedtune")
 
 # `import fedtune` and `fedtune --help` stay quick: names are loaded when they are used.
-_HOMES = {"launch": "fedtune.launcher"}
+_HOMES = {
+    "FedTuneCallback": "fedtune.client.callback",
+    "GlobalUpdate": "fedtune.client.api",
+    "init": "fedtune.client.api",
+    "is_running": "fedtune.client.api",
+    "launch": "fedtune.launcher",
+    "patch": "fedtune.client.patch",
+    "receive": "fedtune.client.api",
+    "send": "fedtune.client.api",
+    "unpatch": "fedtune.client.patch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
+from fedtune.client.replies import LocalResult
+from fedtune.client.undisturbed import same_rng
 from fedtune.errors import ConfigError
 from fedtune.transport.messages import RoundTask
 
@@ -32,23 +33,12 @@ __all__ = [
     "evaluate",
     "model_of",
     "quality_metrics",
+    "set_lr_position",
     "steps_of",
     "train_round",
 ]
 
 NO_QUALITY = ("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy")
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What a client sends back."""
-
-    params: dict[str, Tensor]
-    num_examples: int
-    num_tokens: int
-    num_steps: int
-    train_loss: float
-    train_s: float
 
 
 def train_round(
@@ -110,7 +100,7 @@ def evaluate(trainer: Trainer, params: dict[str, Tensor], manifest: Manifest) ->
     The RNG is put back, so that evaluating does not change the training that follows.
     """
     load(model_of(trainer), params, manifest)
-    with torch.random.fork_rng():
+    with same_rng():
         metrics = trainer.evaluate()
     return quality_metrics(metrics)
 
@@ -160,7 +150,7 @@ class _RoundCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         load(kwargs["model"], self._params, self._manifest)
-        _set_lr_position(kwargs["lr_scheduler"], self._first_step)
+        set_lr_position(kwargs["lr_scheduler"], self._first_step)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,7 +163,7 @@ class _RoundCallback(TrainerCallback):
         return control
 
 
-def _set_lr_position(scheduler: LRScheduler, step: int) -> None:
+def set_lr_position(scheduler: LRScheduler, step: int) -> None:
     """Put a step-based schedule at `step`; one that follows a metric is left alone."""
     if isinstance(scheduler, ReduceLROnPlateau) or scheduler.last_epoch == step:
         return

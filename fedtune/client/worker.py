@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,9 +23,12 @@ from fedtune.adapters import (
     keep_trainable,
     load_static,
 )
-from fedtune.client.local import LocalResult, evaluate, train_round
+from fedtune.client.counter import HeldOut, held_out
+from fedtune.client.local import evaluate, train_round
+from fedtune.client.replies import LocalResult, agree
+from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.config import Arguments
-from fedtune.errors import ConfigError, ManifestError
+from fedtune.errors import ConfigError
 from fedtune.transport.messages import RoundTask
 
 __all__ = ["BuildModel", "BuildTrainer", "Worker"]
@@ -128,12 +128,7 @@ class Worker:
 
     def set_up(self, manifest: Manifest, static: dict[str, Tensor]) -> None:
         """Agree with the server on the adapter; keeps the static tensors for later processes."""
-        if manifest.hash != self.manifest.hash:
-            raise ManifestError(
-                f"this client's adapter differs from the global one: expected "
-                f"{manifest.peft_type} {manifest.hash[:12]}, built {self.manifest.peft_type} "
-                f"{self.manifest.hash[:12]}; use the same model and adapter settings everywhere."
-            )
+        agree(manifest, self.manifest)
         if static:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             save_file(static, self.work_dir / "static.safetensors")
@@ -143,22 +138,23 @@ class Worker:
         """Train one client's part of a round."""
         trainer = self.trainer(client)
         if not task.resume_round:
-            _set_rng(self._rng[client])
+            set_rng(self._rng[client])
         return train_round(
             trainer, task, params, self.manifest, client=client, state_dir=self.work_dir / client
         )
 
-    def evaluate(self, params: dict[str, Tensor]) -> tuple[dict[str, float], int]:
-        """Metrics of the global parameters on the held-out rows, and how many rows there are."""
-        metrics = evaluate(self.trainer(self.evaluator), params, self.manifest)
-        return metrics, len(self.evaluation)
+    def evaluate(self, params: dict[str, Tensor]) -> tuple[dict[str, float], HeldOut]:
+        """Metrics of the global parameters on the held-out rows, and how many of them there are."""
+        trainer = self.trainer(self.evaluator)
+        metrics = evaluate(trainer, params, self.manifest)
+        return metrics, HeldOut(len(self.evaluation), held_out(trainer).tokens)
 
     def trainer(self, client: str) -> Trainer:
         """This client's Trainer, built on first use; static tensors are loaded then."""
         if client not in self._trainers:
             evaluation = self.evaluation if client == self.evaluator else None
             self._trainers[client] = self.new_trainer(self.train[client], evaluation, client)
-            self._rng[client] = _get_rng()
+            self._rng[client] = get_rng()
             # Every train() collects garbage; what lives as long as the worker need not be visited.
             gc.freeze()
             static = self.work_dir / "static.safetensors"
@@ -181,20 +177,3 @@ class Worker:
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         return trainer
-
-
-def _get_rng() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

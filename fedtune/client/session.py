@@ -1,0 +1,300 @@
+"""The trainer's end of the site's socket: takes requests, remembers replies, survives its peers.
+
+    relay --- Unix socket --- one thread per connection --- queue --- main thread (the Trainer)
+
+Threads only move bytes. The main thread takes one request at a time and may be busy for a whole
+round; its reply is on disk before anyone sees it, so that a peer that left, or a trainer that was
+killed and started again, finds it there: nothing is done twice.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from typing import IO
+from weakref import WeakSet
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedtune.errors import ConfigError, FrameError, RoundError
+from fedtune.files import write_bytes
+from fedtune.relay.folder import RunFolder
+from fedtune.relay.frames import MAX_FRAME_BYTES, Frame, decode, encode, request_key
+
+__all__ = ["PING", "Request", "Session"]
+
+log = logging.getLogger(__name__)
+
+PING = "ping"
+KEPT_REPLIES = 6  # plan, setup and two rounds
+BEAT_S = 20.0  # how often a wait gives a sign of life
+SILENCE_S = 60.0  # a peer that is there moves at least one byte in this time
+GOODBYE_S = 5.0  # what a peer has to read the last reply
+TIMEVAL = struct.Struct("@ll")
+
+
+class Request:
+    """What the server asks; answered once, with `reply` or with `fail`."""
+
+    def __init__(
+        self, frame: Frame, key: str, settle: Callable[[Request, bytes, bool], None]
+    ) -> None:
+        self.kind, self.content, self.key = frame.kind, frame.content, key
+        self._settle = settle
+        self._done = threading.Event()
+        self._answer = b""
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer."""
+        return self._done.is_set()
+
+    def reply(self, content: RecordDict) -> None:
+        """Answer; the same request gets the same answer from now on, in later processes too."""
+        self._finish(encode(self.kind, content), keep=True)
+
+    def fail(self, reason: str) -> None:
+        """Refuse; the same request may be tried again."""
+        self._finish(encode(self.kind, error=" ".join(reason.split())), keep=False)
+
+    def wait(self) -> bytes:
+        """The encoded answer, once there is one."""
+        self._done.wait()
+        return self._answer
+
+    def _finish(self, answer: bytes, *, keep: bool) -> None:
+        if not self.answered:
+            self._settle(self, answer, keep)
+            self._answer = answer
+            self._done.set()
+
+
+class Session:
+    """Owns the socket of a run's folder until `close`.
+
+    Args:
+        folder: as `fedtune join` made it.
+
+    Raises:
+        ConfigError: another process or Trainer owns the folder, or its path is too long.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        folder.check_length()
+        self.folder = folder
+        self._authkey = folder.authkey
+        self._queue: queue.Queue[Request] = queue.Queue()
+        self._requests: dict[str, Request] = {}
+        self._changed = threading.Condition()
+        self._connections: set[Connection] = set()
+        self._busy = 0  # connections that wait for an answer or are being sent one
+        self._heard = time.monotonic()
+        self._over = ""
+        self._warned = self._closed = False
+        self._status: dict[str, str | int | float] = {}
+        self._lock = _own(folder)
+        folder.replies.mkdir(mode=0o700, exist_ok=True)
+        self._listener = _bind(folder)
+        _sessions.add(self)
+        atexit.register(self.close)
+        self.say("starting")
+        threading.Thread(target=self._accept, name="fedtune-session", daemon=True).start()
+
+    def next(self, timeout_s: float, beat: Callable[[], None] | None = None) -> Request:
+        """The next request; `beat` is called now and then while there is none.
+
+        Raises:
+            RoundError: no word from the server for `timeout_s` seconds.
+        """
+        started = time.monotonic()
+        while True:
+            left = max(started, self._heard) + timeout_s - time.monotonic()
+            if left <= 0:
+                raise RoundError(
+                    f"run {self.folder.path.name}: expected a word from the server within "
+                    f"{timeout_s:g} s, received none. See fedtune status whether the run goes on "
+                    "and the site is connected; then start fedtune join again."
+                )
+            try:
+                return self._queue.get(timeout=min(left, BEAT_S))
+            except queue.Empty:
+                if beat is not None:
+                    beat()
+
+    def say(self, state: str, **more: str | int | float) -> None:
+        """Tell people and pings what the trainer is doing."""
+        self._status = {"state": state, **more, "pid": os.getpid(), "since": round(time.time(), 3)}
+        with suppress(OSError):  # the folder may be gone once the site has stopped
+            self.folder.write_status(**self._status)
+
+    def end(self, reason: str) -> None:
+        """Take no new requests; those answered before are answered again."""
+        with self._changed:
+            self._over = reason
+            unanswered = [request for request in self._requests.values() if not request.answered]
+        for request in unanswered:
+            request.fail(reason)
+
+    def close(self, reason: str = "the site's trainer has ended") -> None:
+        """Refuse what is unanswered with `reason`, let peers read it, and free the folder."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        # First the door: whoever comes from now on waits for the next trainer.
+        self.folder.socket.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the listening thread
+        self._listener.close()
+        self.end(self._over or reason)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy, GOODBYE_S)
+        self._lock.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                raw, _ = self._listener.accept()
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(0.1)  # out of file descriptors, say
+                continue
+            raw.setblocking(True)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                raw.setsockopt(socket.SOL_SOCKET, option, TIMEVAL.pack(int(SILENCE_S), 0))
+            connection = Connection(raw.detach())
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        try:
+            with closing(connection), suppress(EOFError, OSError):  # the peer may leave at any time
+                if self._admit(connection):
+                    self._converse(connection)
+        finally:
+            self._connections.discard(connection)
+
+    def _admit(self, connection: Connection) -> bool:
+        """Whether the peer knows the key; it learns that we do."""
+        try:
+            deliver_challenge(connection, self._authkey)
+            answer_challenge(connection, self._authkey)
+        except (AuthenticationError, AssertionError, OSError, EOFError) as problem:
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "%s: a peer without the key was refused (%s)", self.folder.socket, problem
+                )
+            return False
+        return True
+
+    def _converse(self, connection: Connection) -> None:
+        try:
+            data = connection.recv_bytes(MAX_FRAME_BYTES)
+        except OSError:
+            if connection.readable:
+                raise
+            connection.send_bytes(
+                encode("error", error=f"request: expected at most {MAX_FRAME_BYTES} bytes.")
+            )
+            return
+        with self._changed:
+            self._busy += 1
+        try:
+            connection.send_bytes(self._answer(data))
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+
+    def _answer(self, data: bytes) -> bytes:
+        try:
+            frame = decode(data)
+        except FrameError as error:
+            return encode("error", error=str(error))
+        if frame.kind == PING:
+            return encode(PING, RecordDict({"config": ConfigRecord(dict(self._status))}))
+        key = request_key(frame.kind, frame.content)
+        with self._changed:
+            self._heard = time.monotonic()
+            with suppress(FileNotFoundError):
+                return (self.folder.replies / key).read_bytes()
+            request = self._requests.get(key)
+            if request is None:
+                if self._over:
+                    return encode(frame.kind, error=self._over)
+                request = self._requests[key] = Request(frame, key, self._settle)
+                self._queue.put(request)
+        return request.wait()
+
+    def _settle(self, request: Request, answer: bytes, keep: bool) -> None:
+        with self._changed:
+            if keep:
+                try:
+                    write_bytes(self.folder.replies / request.key, answer)
+                    _prune(self.folder)
+                except OSError as error:
+                    log.warning("%s: reply not kept (%s)", self.folder.replies, error)
+            self._requests.pop(request.key, None)
+
+    def _let_go(self) -> None:
+        """In a forked child: hold nothing that would keep the folder owned or a peer waiting."""
+        self._closed = True
+        self._lock.close()
+        self._listener.close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.close()
+
+
+_sessions: WeakSet[Session] = WeakSet()
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session._let_go()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _own(folder: RunFolder) -> IO[bytes]:
+    """The lock of the folder, held as long as the file is open."""
+    handle = folder.lock.open("ab")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ConfigError(
+            f"run {folder.path.name}: expected one Trainer per run and site, received a second "
+            f"one; the first one owns {folder.socket}. Call fedtune.unpatch on it first, or stop "
+            "its process."
+        ) from None
+    return handle
+
+
+def _bind(folder: RunFolder) -> socket.socket:
+    """Bind the socket; one that a killed trainer left is replaced, which the lock makes safe."""
+    folder.socket.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder.socket))
+    listener.listen(16)
+    return listener
+
+
+def _prune(folder: RunFolder) -> None:
+    files = [path for path in folder.replies.iterdir() if not path.name.startswith(".")]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_REPLIES]:
+        path.unlink(missing_ok=True)

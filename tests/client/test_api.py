@@ -1,0 +1,117 @@
+"""Rounds for code that is no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fedtune
+from fedtune.client import api
+from fedtune.errors import ConfigError, ManifestError, RoundError
+from fedtune.relay.folder import RunFolder
+from tests.client.driver import Params, Server, trained
+
+FIRST = {"w": torch.zeros(2, 3), "b": torch.ones(3)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    if api._client is not None:
+        api._client.session.close()
+        api._client = None
+
+
+def test_a_loop_of_ones_own(run: RunFolder) -> None:
+    with Server(run, lambda server: server.whole_run(evaluate=False)) as server:
+        fedtune.init(FIRST)
+        seen = []
+        while (update := fedtune.receive()) is not None:
+            seen.append((update.round, update.num_rounds, update.config["steps"]))
+            params = {name: value + 1 for name, value in update.params.items()}
+            fedtune.send(params, num_examples=5, metrics={"num_tokens": 50, "train_loss": 0.5})
+    assert seen == [(1, 3, 4), (2, 3, 4), (3, 3, 4)]
+    assert not fedtune.is_running()
+    assert fedtune.receive() is None
+    metrics = trained(server.updates[-1])
+    assert [metrics[key] for key in ("num-examples", "num-tokens", "num-steps", "train-loss")] == [
+        5, 50, 4, 0.5,
+    ]  # fmt: skip
+
+
+def test_a_loop_that_asks_whether_it_goes_on(run: RunFolder) -> None:
+    assert fedtune.is_running()
+    rounds = 0
+    with Server(run, lambda server: server.whole_run(evaluate=False)):
+        fedtune.init(FIRST)
+        while fedtune.is_running():
+            update = fedtune.receive()
+            assert update is not None
+            assert fedtune.is_running()
+            fedtune.send(update.params, num_examples=1)
+            rounds += 1
+    assert rounds == 3
+
+
+def test_without_first_parameters_others_give_them(run: RunFolder) -> None:
+    errors: list[str] = []
+
+    def script(server: Server) -> None:
+        errors.append(str(server.ask("query.initial", round=0).error))
+        manifest = api._manifest_of(FIRST)
+        server.manifest = manifest
+        server.good(server.ask("query.setup", {}, manifest=manifest.to_json()))
+        errors.append(str(server.ask("evaluate", FIRST, round=0).error))
+        server.finish(server.train(1, FIRST), 1)
+
+    with Server(run, script):
+        fedtune.init()
+        update = fedtune.receive()
+        assert update is not None
+        fedtune.send(update.params, num_examples=1)
+        assert fedtune.receive() is None
+    assert "--init_adapter" in errors[0]
+    assert "expected a round" in errors[1]
+
+
+def test_outside_a_federation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="fedtune join"):
+        fedtune.init()
+    assert not fedtune.is_running()
+    assert "no run to take part in" in caplog.text
+    with pytest.raises(ConfigError, match=r"fedtune\.init\(\) before"):
+        fedtune.receive()
+    with pytest.raises(ConfigError, match=r"fedtune\.init\(\) before"):
+        fedtune.send(FIRST, num_examples=1)
+
+
+def test_mistakes_are_named(run: RunFolder) -> None:
+    with Server(run, lambda server: server.whole_run(evaluate=False)):
+        fedtune.init(FIRST)
+        with pytest.raises(RoundError, match="Call receive first"):
+            fedtune.send(FIRST, num_examples=1)
+        update = fedtune.receive()
+        assert update is not None
+        with pytest.raises(RoundError, match=r"fedtune\.send for the round"):
+            fedtune.receive()
+        bad: list[Params] = [{}, {**FIRST, "b": FIRST["b"] / 0}, {**FIRST, "b": torch.ones(4)}]
+        for params in bad:
+            with pytest.raises(ManifestError):
+                fedtune.send(params, num_examples=1)
+        fedtune.send(FIRST, num_examples=1)
+        while (update := fedtune.receive()) is not None:
+            fedtune.send(update.params, num_examples=1)
+
+
+def test_a_failed_run_raises(run: RunFolder) -> None:
+    def script(server: Server) -> None:
+        server.finish(server.begin(), 0, "failed: nobody came")
+
+    with Server(run, script):
+        fedtune.init(FIRST)
+        with pytest.raises(RoundError, match="nobody came"):
+            fedtune.receive()

@@ -1,0 +1,97 @@
+"""Trainers in processes of their own: killed and started again, or several to one site."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedtune.client.replies import global_of
+from fedtune.relay.folder import RunFolder
+from fedtune.relay.link import ask
+from tests.client.driver import Server, planned, trained
+from tests.client.trainers import small_trainer, train
+from tests.federation.small import same_tensors
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+LIMIT_S = 120.0
+patiently = partial(ask, start_timeout_s=60.0, timeout_s=120.0)
+
+
+def script(*arguments: object, ranks: int = 1) -> int:
+    """Exit status of the script; it is killed when it takes too long."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    process = subprocess.Popen(
+        [sys.executable, *(launcher if ranks > 1 else []), "-m", "tests.client.script"]
+        + [str(argument) for argument in arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        return process.wait(LIMIT_S)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def steps(directory: Path, rank: int = 0) -> list[tuple[int, str, str]]:
+    lines = (directory / f"steps-{rank}.log").read_text().splitlines()
+    rows = [line.split() for line in lines]
+    return [(int(step), rate, digest) for step, rate, digest in rows]
+
+
+@pytest.mark.parametrize("save_steps", [0, 4])
+def test_a_killed_trainer_goes_on(run: RunFolder, tmp_path: Path, save_steps: int) -> None:
+    """Killed in round 2: from its own checkpoint the run is the one that was never killed."""
+    plain = train(small_trainer(tmp_path / "plain"))
+    server = Server(run, send=patiently)
+    with server:
+        assert script(tmp_path, "--kill_at=6", f"--save_steps={save_steps}") == -signal.SIGKILL
+        assert script(tmp_path, f"--save_steps={save_steps}") == 0
+    done = steps(tmp_path)
+    assert [step for step, _, _ in done] == [*range(6), *range(4, 12)]
+    rates = [rate for _, rate, _ in done]
+    assert rates[4:6] == rates[6:8]
+    # What round 2 starts from is what it started from before.
+    assert done[4][2] == done[6][2]
+    assert [trained(frame)["num-steps"] for frame in server.updates] == [4, 4, 4]
+    final = load_file(tmp_path / "final-0.safetensors")
+    assert same_tensors(final, global_of(server.updates[-1].content))
+    assert same_tensors(final, plain.params) == (save_steps == 4)
+
+
+def test_ranks_of_one_site_train_the_same(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    assert script(tmp_path / "plain", "--plain", ranks=2) == 0
+    with Server(run, send=patiently) as server:
+        assert script(tmp_path, "--spread_out", ranks=2) == 0
+    assert steps(tmp_path, 0) == steps(tmp_path, 1) == steps(tmp_path / "plain", 0)
+    finals = [load_file(tmp_path / f"final-{rank}.safetensors") for rank in range(2)]
+    assert same_tensors(*finals)
+    assert same_tensors(finals[0], load_file(tmp_path / "plain" / "final-0.safetensors"))
+    # 2 rows on each rank; 13 rows make 4 batches on each, the last of them filled up.
+    assert trained(server.updates[0])["num-examples"] == 16
+    assert len(server.scores) == 4
+    assert [(tmp_path / f"spread-{rank}.txt").read_text() for rank in range(2)] == ["ok", "ok"]
+
+
+def test_when_rank_0_fails_all_end(run: RunFolder, tmp_path: Path) -> None:
+    planned(run, idle_timeout_s=1.0)
+
+    def one_round(server: Server) -> None:
+        server.train(1, server.begin())
+
+    with Server(run, one_round, send=patiently):
+        assert script(tmp_path, ranks=2) != 0
+    errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert "within 1 s" in errors[0]

@@ -1,17 +1,13 @@
-"""Every private touch of Flower, and nothing else. Tested with flwr 1.41."""
+"""A Flower `Message` in a process that is no Flower task."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from flwr.app import Message
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
 
-__all__ = ["client_failed", "quiet_flower", "run_simulation", "set_message_id", "task_identity"]
+__all__ = ["client_failed", "set_message_id", "task_identity"]
 
 CLIENT_APP_RAISED_EXCEPTION = 2  # flwr.common.constant.ErrorCode
 
@@ -41,25 +37,3 @@ def client_failed(message: Message, error: Exception) -> Message:
     from flwr.app.error import Error
 
     return Message(Error(CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
-
-
-@contextmanager
-def quiet_flower() -> Iterator[None]:
-    """Keep Flower's start-up chatter out of the terminal; warnings and errors still show."""
-    logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def run_simulation(
-    server: ServerApp, client: ClientApp, num_clients: int, backend: dict[str, Any]
-) -> None:
-    """Flower's simulation in this process; deprecated there, but the only programmatic way."""
-    from flwr.simulation import run_simulation as flower_run_simulation
-
-    with quiet_flower():
-        flower_run_simulation(server, client, num_clients, backend_config=backend)

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +14,18 @@ from typing import NoReturn
 from fedtune.errors import ConfigError, FedtuneError
 
 __all__ = ["main"]
+
+
+# name -> module of fedtune.deploy, suffix of its two functions, help
+DEPLOYMENT = {
+    "certs": ("certs", "", "Make the certificates and keys of a server and its sites."),
+    "up": ("superlink", "", "Start the server that sites connect to."),
+    "join": ("site", "", "Take part as a site, with its own training script."),
+    "submit": ("submit", "", "Start a federated run and follow it."),
+    "status": ("runs", "_status", "Show runs, sites, rounds and losses."),
+    "stop": ("runs", "_stop", "End a run."),
+    "logs": ("runs", "_logs", "Show the log of a run."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model_name_or_path", help="--merge: base model, if it has moved")
 
     _add(commands, "doctor", _doctor, "Check this machine and its packages.")
+    for name, (home, suffix, help) in DEPLOYMENT.items():
+        module = import_module(f"fedtune.deploy.{home}")
+        command = _add(commands, name, getattr(module, f"run{suffix}"), help)
+        getattr(module, f"add{suffix}_arguments")(command)
     return parser
 
 

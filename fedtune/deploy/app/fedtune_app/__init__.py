@@ -1,0 +1,1 @@
+"""Entry points for Flower; the code is in the installed fedtune."""

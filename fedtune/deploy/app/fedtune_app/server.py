@@ -1,0 +1,8 @@
+"""The server of a run."""
+
+from fedtune.engines._compat import hasten_server
+from fedtune.server.deployed import app
+
+__all__ = ["app"]
+
+hasten_server()

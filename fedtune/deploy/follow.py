@@ -1,0 +1,101 @@
+"""Follow a run from the files that its ServerApp writes, on the SuperLink's host."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import RoundError
+from fedtune.files import read_json
+from fedtune.report.progress import Progress
+from fedtune.server.submission import FEDERATION
+
+__all__ = ["follow"]
+
+POLL_S = 0.2
+ALIVE_S = 10.0  # asking Flower costs a second of CPU
+
+
+def follow(
+    directory: Path, num_rounds: int, problem: Callable[[], str | None], *, since: float
+) -> None:
+    """Show waiting sites and finished rounds until the run is over.
+
+    Args:
+        problem: why the run cannot go on although its ServerApp says nothing, or None.
+        since: what was written before this time (seconds since 1970) is of an earlier run.
+
+    Raises:
+        RoundError: the run failed, or its ServerApp is gone.
+    """
+    shown, asked = "", time.monotonic()
+    with Progress(num_rounds, "rounds") as progress:
+        if earlier := len(_rounds(directory)):  # of a run that is resumed
+            progress.advance(earlier)
+        while True:
+            state = _read(directory / FEDERATION, since)
+            rounds = _rounds(directory) if state else []
+            shown = _show_sites(state, shown)
+            for record in rounds[progress.done :]:
+                progress.advance(1, **_facts(record))
+            if state.get("state") == "done":
+                return
+            if state.get("state") in ("failed", "stopped"):
+                raise RoundError(f"{state['error']}")
+            if time.monotonic() - asked > ALIVE_S:
+                asked = time.monotonic()
+                reason = problem()
+                # what it wrote last may have come after the last look
+                if reason and _read(directory / FEDERATION, since) == state:
+                    raise RoundError(
+                        f"the server ended in round {len(rounds) + 1} without a word ({reason}); "
+                        f"the last good adapter is in {directory}. Continue with --resume."
+                    )
+            time.sleep(POLL_S)
+
+
+def _read(path: Path, since: float) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return state if state.get("time", 0.0) >= since else {}
+
+
+def _rounds(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "rounds.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _show_sites(state: dict[str, Any], shown: str) -> str:
+    """Print who takes part when that has changed; returns what is on the screen."""
+    words, nameless = [], 0
+    for site in state.get("clients", []):
+        if site.get("problem"):
+            words.append(f"{site['client']} refused ({site['problem']})")
+        elif site["client"].startswith("node "):  # it has not told its name yet
+            nameless += 1
+        else:
+            words.append(f"{site['client']} {'ready' if site['state'] == 'ready' else 'starting'}")
+    if nameless:
+        words.append(f"{nameless} more starting" if words else f"{nameless} starting")
+    line = "sites: " + ", ".join(words)
+    if words and line != shown:
+        print(line, flush=True)
+        return line
+    return shown
+
+
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    facts = {name: record[name] for name in ("eval_loss", "train_loss") if record[name] is not None}
+    facts["clients"] = len(record["replies"])
+    if record["refused"]:
+        facts["refused"] = len(record["refused"])
+    facts["MB"] = (record["bytes_up"] + record["bytes_down"]) / 1e6
+    return facts

@@ -1,0 +1,361 @@
+"""Start named processes with their logs in files, watch them, and leave none behind.
+
+Flower's programs start others in sessions of their own, and some of those outlive their parents.
+So a part is more than one process: all that carry its mark in their environment, all in its
+session, and all descendants of these.
+
+When the supervisor is killed outright, the kernel kills its parts (`parent.py`). That is not
+enough: a Flower ServerApp that waits for something outlives the SuperLink that started it. So a
+small process beside the supervisor, the sweeper, waits for its end and then kills all that carry
+its mark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+import psutil
+
+from fedtune.deploy import parent
+from fedtune.deploy.parent import die_with_parent
+from fedtune.errors import ConfigError, DeployError
+
+__all__ = ["Part", "Stopped", "Supervisor", "die_with_parent", "free_port"]
+
+MARK = "FEDTUNE_PARTS"  # environment of a part: SUPERVISOR/PART, after those of outer supervisors
+POLL_S, SWEEP_S = 0.05, 0.2
+GIVE_UP_S = 20.0  # after SIGKILL; only a process stuck in the kernel takes longer
+TAIL_LINES, TAIL_BYTES = 5, 8192
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
+
+
+class Stopped(SystemExit):
+    """SIGTERM or SIGHUP arrived; left alone it ends the program with status 128 + signal."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One started process.
+
+    Attributes:
+        log: what it and its descendants print.
+        log_start: where in `log` this start begins, in bytes.
+        mark: its entry in the environment of all its descendants.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+    mark: str
+
+    @property
+    def pid(self) -> int:
+        """Process id, group id and session id."""
+        return self.process.pid
+
+    @property
+    def status(self) -> int | None:
+        """Exit status (negative: the signal that ended it), or None while it runs."""
+        return self.process.poll()
+
+    def tail(self) -> str:
+        """The last lines of this start's log, on one line."""
+        with self.log.open("rb") as handle:
+            end = handle.seek(0, os.SEEK_END)
+            handle.seek(max(self.log_start, end - TAIL_BYTES))
+            text = COLOURS.sub("", handle.read().decode("utf-8", "replace"))
+        lines = [" ".join(line.split()) for line in text.splitlines() if line.strip(" \t^~")]
+        return " | ".join(lines[-TAIL_LINES:])
+
+    def ended(self) -> DeployError:
+        """Why it is no longer there, with the end of its log."""
+        status = self.status or 0
+        how = f"killed by {_signal_name(-status)}" if status < 0 else f"ended, status {status}"
+        return DeployError(f"{self.name}: {how}. {self.last_words()}")
+
+    def last_words(self) -> str:
+        """Where its log is and how it ends."""
+        return f"End of {self.log}: {self.tail() or '(empty)'}"
+
+
+class Supervisor:
+    """Owns the processes of a deployment; on leaving the block none of them is left.
+
+    with Supervisor(Path("logs")) as parts:
+        server = parts.start("server", ["server", "--port", "8000"])
+        parts.wait_ready(server, answers)
+        parts.watch()
+
+    SIGTERM and SIGHUP leave the block as `Stopped`, Ctrl-C as KeyboardInterrupt (in the main
+    thread; a handler that is there already is kept).
+
+    Args:
+        directory: of the log files, `<part>.log`, appended to.
+        env: environment of all parts; default: this process's own.
+        grace_s: from SIGTERM to SIGKILL.
+    """
+
+    def __init__(
+        self, directory: Path, *, env: Mapping[str, str] | None = None, grace_s: float = 5.0
+    ) -> None:
+        self.directory = directory
+        self.env = dict(os.environ if env is None else env)
+        self.grace_s = grace_s
+        self.parts: list[Part] = []
+        self._token = secrets.token_hex(8)
+        self._handlers: dict[int, Any] = {}
+        self._was_subreaper = False
+        self._sweeper: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.directory}: cannot be made: {error.strerror}. Choose another directory."
+            ) from None
+        self._was_subreaper = _subreaper(True)
+        self._sweeper = _start_sweeper(self._token)
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    self._handlers[number] = signal.signal(number, _stop)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with _deaf():
+            self._end(self.parts)
+            self.parts = []
+            if self._sweeper is not None:
+                self._sweeper.kill()
+                self._sweeper.wait()
+        _subreaper(self._was_subreaper)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Part:
+        """Start `command` in a session of its own, without input; `env` adds to the supervisor's.
+
+        Raises:
+            ConfigError: there is no such program.
+        """
+        words = [os.fspath(word) for word in command]
+        environment = {**self.env, **(env or {})}
+        program = shutil.which(words[0], path=environment.get("PATH"))
+        if program is None:
+            raise ConfigError(f"{name}: there is no program {words[0]}. Install it, or set PATH.")
+        mark = f"{self._token}/{secrets.token_hex(4)}"
+        outer = environment.get(MARK)
+        environment[MARK] = f"{outer}:{mark}" if outer else mark
+        log = self.directory / f"{name}.log"
+        with log.open("ab") as output:
+            launcher = [sys.executable, "-I", "-S", parent.__file__, str(os.getpid())]
+            process = subprocess.Popen(
+                [*launcher, program, *words[1:]],
+                env=environment,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            part = Part(name, process, log, output.tell(), mark)
+        self.parts.append(part)
+        return part
+
+    def wait_ready(self, part: Part, ready: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
+        """Wait until `ready()`.
+
+        Raises:
+            DeployError: a part has ended, or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise DeployError(
+                    f"{part.name}: not ready after {timeout_s:g} s. {part.last_words()}"
+                )
+            time.sleep(POLL_S)
+
+    def check(self) -> None:
+        """Raises DeployError when a part has ended."""
+        for part in self.parts:
+            if part.status is not None:
+                raise part.ended()
+
+    def watch(self, poll_s: float = 0.2) -> NoReturn:
+        """Wait until a part ends, which raises DeployError."""
+        while True:
+            self.check()
+            time.sleep(poll_s)
+
+    def stop(self, part: Part) -> None:
+        """End one part and all it started."""
+        self._end([part])
+        self.parts.remove(part)
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of all parts."""
+        return self._family(self.parts)
+
+    def _end(self, parts: Sequence[Part]) -> None:
+        """SIGTERM to all, SIGKILL to what is left after the grace, until nothing is."""
+        started = time.monotonic()
+        told: set[psutil.Process] = set()
+        while family := self._family(parts):
+            waited = time.monotonic() - started
+            if waited > self.grace_s + GIVE_UP_S:
+                raise DeployError(f"processes {[p.pid for p in family]}: SIGKILL did not end them.")
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    if waited > self.grace_s:
+                        process.kill()
+                    elif process not in told:
+                        process.terminate()
+            told.update(family)
+            time.sleep(POLL_S)
+        for part in parts:
+            part.process.wait()
+        for process in told:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)  # an orphan that this process adopted
+
+    def _family(self, parts: Sequence[Part]) -> list[psutil.Process]:
+        for part in parts:
+            part.process.poll()
+        return _family({part.mark for part in parts}, {part.pid for part in parts})
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _family(marks: set[str], sessions: set[int]) -> list[psutil.Process]:
+    """Living processes with one of the marks or in one of the sessions, and their descendants."""
+    found: dict[psutil.Process, None] = {}
+    for process in psutil.process_iter():
+        if process.pid != os.getpid() and _belongs(process, marks, sessions):
+            found.update(dict.fromkeys(_with_descendants(process)))
+    return [process for process in found if _lives(process)]
+
+
+def _belongs(process: psutil.Process, marks: set[str], sessions: set[int]) -> bool:
+    try:
+        if os.getsid(process.pid) in sessions:
+            return True
+        carried = process.environ().get(MARK, "").split(":")
+    except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
+        return False
+    return any(mark in marks or mark.partition("/")[0] in marks for mark in carried)
+
+
+def _with_descendants(process: psutil.Process) -> Iterator[psutil.Process]:
+    yield process
+    with contextlib.suppress(psutil.Error):
+        yield from process.children(recursive=True)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(128 + number)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """A second Ctrl-C must not interrupt the reaping, which has limits of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers: Iterable[signal.Signals] = (signal.SIGINT, *STOPPING)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that was not set from Python cannot be put back
+                signal.signal(number, handler)
+
+
+def _subreaper(wanted: bool) -> bool:
+    """Whether orphaned descendants become children of this process; returns what was before."""
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
+    before = ctypes.c_int(0)
+    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
+    return bool(before.value)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _start_sweeper(token: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", __name__, str(os.getpid()), token],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the supervisor
+    )
+
+
+def _sweep(supervisor: int, token: str) -> None:
+    while os.getppid() == supervisor:
+        time.sleep(SWEEP_S)
+    deadline = time.monotonic() + GIVE_UP_S
+    while (family := _family({token}, set())) and time.monotonic() < deadline:
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(POLL_S)
+
+
+if __name__ == "__main__":
+    _sweep(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,187 @@
+"""`fedtune submit`: start a run at a SuperLink on this host, follow it, end with its status."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import secrets
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fedtune.config import (
+    AdapterArguments,
+    Arguments,
+    DataArguments,
+    FederationArguments,
+    ModelArguments,
+    RunArguments,
+    split_names,
+)
+from fedtune.deploy.bundle import APP
+from fedtune.deploy.connection import Address, Connection, remember_run
+from fedtune.deploy.follow import follow
+from fedtune.errors import ConfigError, DeployError, RoundError
+from fedtune.files import read_json
+from fedtune.output import check_output_dir, prepare_output_dir
+from fedtune.server.submission import SUBMISSION, Submission
+
+__all__ = ["add_arguments", "run", "run_problem", "start_run"]
+
+# Settings of a federation that a simulation alone has, or that each site chooses for itself.
+NOT_HERE = ("engine", "num_clients", "client_state", "cpus_per_client", "gpus_per_client")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `fedtune submit`."""
+    parser.add_argument("--superlink", default="127.0.0.1:8000", metavar="HOST:PORT")
+    parser.add_argument(
+        "--tls", type=Path, metavar="DIR", help="the submit folder that fedtune certs made"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/federation"))
+    parser.add_argument(
+        "--min_clients", type=int, default=2, help="sites that must have joined before round 1 (2)"
+    )
+    parser.add_argument(
+        "--join_timeout_s", type=float, default=600.0, help="how long to wait for them (600)"
+    )
+    for field in dataclasses.fields(FederationArguments):
+        if field.name not in NOT_HERE:
+            shown = "" if field.default is None else f" ({field.default})"
+            parser.add_argument(
+                f"--{field.name}",
+                type=_type_of(field),
+                default=field.default,
+                metavar=field.name.rpartition("_")[2].upper(),
+                help=f"{field.metadata['help']}{shown}",
+            )
+    parser.add_argument("--seed", type=int, default=42, help="of sampling and of the sites (42)")
+    parser.add_argument(
+        "--init_adapter", metavar="DIR", help="first global adapter; default: one site's"
+    )
+    parser.add_argument("--track", help="server scalars to: tensorboard, mlflow, wandb")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after the last durable round in --output_dir"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`fedtune submit`: status 0 when the run is done, 1 when it failed."""
+    federation = _checked(args)
+    address = Address.parse(args.superlink)
+    output: dict[str, Any] = {
+        "directory": args.output_dir,
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "settings": _settings(args, federation),
+    }
+    check_output_dir(**output)
+    with Connection(address, tls=args.tls) as link:
+        link.probe()
+        directory = prepare_output_dir(**output).absolute()
+        submission = Submission(
+            run=_run_id(directory, args.resume),
+            directory=str(directory),
+            federation=federation,
+            seed=args.seed,
+            min_clients=args.min_clients,
+            join_timeout_s=args.join_timeout_s,
+            init_adapter=args.init_adapter and str(Path(args.init_adapter).absolute()),
+            track=tuple(split_names(args.track)),
+            resume=args.resume,
+        )
+        started = time.time()
+        run_id = start_run(link, submission)
+        print(f"run {run_id}: {federation.num_rounds} rounds into {args.output_dir}", flush=True)
+        try:
+            follow(
+                directory, federation.num_rounds, lambda: run_problem(link, run_id), since=started
+            )
+        except RoundError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            where = f"--superlink {address}"
+            print(
+                f"left; the run goes on. fedtune status {where}, fedtune stop {where}",
+                file=sys.stderr,
+            )
+            return 130
+    _report(directory, submission)
+    return 0
+
+
+def start_run(link: Connection, submission: Submission) -> str:
+    """Hand the submission to the SuperLink; returns Flower's id of the run."""
+    settings = submission.write()
+    reply = link.flwr("run", APP, "--run-config", f'settings="{settings}"')
+    run_id = str(reply["run-id"])
+    remember_run(run_id, Path(submission.directory))
+    return run_id
+
+
+def run_problem(link: Connection, run_id: str) -> str | None:
+    """Why Flower does not run it any more, or None."""
+    try:
+        runs = link.flwr("list", "--run-id", run_id)["runs"]
+    except DeployError as error:
+        return str(error)
+    status = str(runs[0]["status"]) if runs else "unknown run"
+    return None if status.split(":")[0] in ("pending", "starting", "running") else status
+
+
+def _checked(args: argparse.Namespace) -> FederationArguments:
+    """The federation's settings; raises ConfigError for the first that cannot work."""
+    from fedtune.checks import check_federation
+
+    if args.min_clients < 1:
+        raise ConfigError(f"--min_clients: expected at least 1, received {args.min_clients}.")
+    if not 0 < args.join_timeout_s < math.inf:
+        raise ConfigError(f"--join_timeout_s: expected seconds > 0, received {args.join_timeout_s}")
+    names = {field.name for field in dataclasses.fields(FederationArguments)} - set(NOT_HERE)
+    federation = FederationArguments(**{name: getattr(args, name) for name in names})
+    check_federation(
+        Arguments(
+            ModelArguments(),
+            AdapterArguments(init_adapter=args.init_adapter),
+            DataArguments(),
+            federation,
+            RunArguments(resume=args.resume, overwrite=args.overwrite, track=args.track),
+            SimpleNamespace(seed=args.seed, output_dir=str(args.output_dir)),
+        )
+    )
+    return federation
+
+
+def _settings(args: argparse.Namespace, federation: FederationArguments) -> dict[str, Any]:
+    """What a resumed run must share with the run it continues."""
+    free = ("max_failed_rounds", "min_replies", "round_timeout_s", "save_every_rounds", *NOT_HERE)
+    shared = {k: v for k, v in vars(federation).items() if k not in free}
+    return {**shared, "seed": args.seed}
+
+
+def _run_id(directory: Path, resume: bool) -> str:
+    """Sites know a continued run by the id that it began with."""
+    if resume and (directory / SUBMISSION).is_file():
+        return str(read_json(directory / SUBMISSION)["run"])
+    return secrets.token_hex(6)
+
+
+def _type_of(field: dataclasses.Field[Any]) -> Any:
+    """Type of a flag, from `int | None` and the like."""
+    return {"int": int, "float": float}.get(str(field.type).split(" |")[0], str)
+
+
+def _report(directory: Path, submission: Submission) -> None:
+    from fedtune.compare.deployed import write_summary
+    from fedtune.report import comparison_table, load_summary, verdict_lines
+
+    write_summary(directory, submission)
+    summary = load_summary(directory)
+    print(comparison_table(summary))
+    print("\n".join(verdict_lines(summary)))
+    print(f"report: {directory / 'report.html'}")

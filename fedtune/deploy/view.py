@@ -1,0 +1,225 @@
+"""What `fedtune status` shows, as text. Pure: everything comes in as values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.report import text
+
+__all__ = ["ACTIVE", "RunState", "View", "render"]
+
+ACTIVE = ("pending", "starting", "running")
+SHOWN_RUNS, SHOWN_ROUNDS, SHOWN_NAMES = 8, 12, 12
+BAR = 20
+ROUND_COLUMNS = ("round", "train loss", "eval loss", "replies", "MB up", "MB down", "s")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run as the SuperLink knows it; `output_dir` is None when it was submitted elsewhere."""
+
+    id: str
+    status: str
+    elapsed_s: float
+    started: str
+    details: str = ""
+    output_dir: Path | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has not ended."""
+        return self.status in ACTIVE
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at a SuperLink.
+
+    Attributes:
+        nodes: number of nodes by state: online, offline, registered.
+        runs: newest first.
+        shown: the run that is told in full.
+        federation: its federation.json, or empty.
+        rounds: the lines of its rounds.jsonl.
+        now: seconds since the epoch.
+    """
+
+    superlink: str
+    nodes: Mapping[str, int]
+    runs: Sequence[RunState]
+    shown: RunState | None = None
+    federation: Mapping[str, Any] = field(default_factory=dict)
+    rounds: Sequence[Mapping[str, Any]] = ()
+    now: float = 0.0
+
+
+def render(view: View, *, width: int = 100) -> str:
+    """The view, in lines of at most `width` characters."""
+    lines = [f"superlink {view.superlink}   {_nodes(view.nodes)}", ""]
+    lines += _runs(view)
+    if view.shown is not None:
+        lines += ["", *_run(view, view.shown)]
+    return "\n".join(_cut(line, width) for line in lines)
+
+
+def _nodes(nodes: Mapping[str, int]) -> str:
+    known = [
+        f"{nodes[name]} {name}" for name in ("online", "offline", "registered") if nodes.get(name)
+    ]
+    return f"sites: {', '.join(known) or 'none'}"
+
+
+def _runs(view: View) -> list[str]:
+    if not view.runs:
+        return ["no runs yet"]
+    rows = [("", "run", "state", "time", "submitted", "output")]
+    for run in view.runs[:SHOWN_RUNS]:
+        mark = ">" if view.shown is not None and run.id == view.shown.id else ""
+        where = str(run.output_dir or text.DASH)
+        rows.append((mark, run.id, run.status, _duration(run.elapsed_s), run.started, where))
+    lines = _table(rows, right=(3,))
+    hidden = len(view.runs) - SHOWN_RUNS
+    return [*lines, f"  and {hidden} older"] if hidden > 0 else lines
+
+
+def _run(view: View, run: RunState) -> list[str]:
+    lines = [f"run {run.id}: {run.status}{f' - {run.details}' if run.details else ''}"]
+    if run.output_dir is None:
+        return [*lines, "its rounds can be seen by who submitted it, on the machine of the submit"]
+    if error := view.federation.get("error"):
+        lines.append(f"ended: {error}")
+    elif run.is_active and (state := view.federation.get("state")):
+        lines.append(f"server: {state}")
+    lines += _progress(view)
+    lines += _clients(view)
+    lines += _rounds(view.rounds)
+    return lines
+
+
+def _progress(view: View) -> list[str]:
+    total = _count(view.federation.get("num_rounds"))
+    done = max((_count(record.get("round")) or 0 for record in view.rounds), default=0)
+    now = _count(view.federation.get("round"))
+    if not total:
+        return [] if view.rounds else ["no round has ended yet"]
+    filled = BAR * min(done, total) // total
+    line = f"[{'#' * filled}{'.' * (BAR - filled)}] {done}/{total} rounds done"
+    if now and now > done and view.shown is not None and view.shown.is_active:
+        line += f", in round {now}"
+    seconds = [_number(record.get("wall_s")) for record in view.rounds[-5:] if record.get("round")]
+    known = [value for value in seconds if value is not None]
+    if known and view.shown is not None and view.shown.is_active and done < total:
+        line += f", about {_duration(sum(known) / len(known) * (total - done))} to go"
+    up, down = (_sum(view.rounds, key) for key in ("bytes_up", "bytes_down"))
+    return [line, f"sent up {text.megabytes(up)} MB, down {text.megabytes(down)} MB"]
+
+
+def _clients(view: View) -> list[str]:
+    lines = []
+    waiting = [str(name) for name in _list(view.federation.get("waiting_for"))]
+    if waiting and view.shown is not None and view.shown.is_active:
+        lines.append(f"waiting for {_names(waiting)}")
+    clients = [row for row in _list(view.federation.get("clients")) if isinstance(row, Mapping)]
+    if clients:
+        rows = [("client", "state", "round", "last seen")]
+        for row in clients[:SHOWN_NAMES]:
+            seen = _ago(row.get("last_seen"), view.now)
+            words = (row.get("client"), row.get("state"), row.get("round"))
+            name, state, number = (str(text.DASH if word is None else word) for word in words)
+            rows.append((name, state, number, seen))
+        lines += ["", *_table(rows, right=(2, 3))]
+        if len(clients) > SHOWN_NAMES:
+            lines.append(f"  and {len(clients) - SHOWN_NAMES} more")
+    return lines
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rounds:
+        return []
+    scored = [(loss, row) for row in rounds if (loss := _number(row.get("eval_loss"))) is not None]
+    best = min(scored, key=lambda pair: pair[0])[1] if scored else None
+    rows = [ROUND_COLUMNS]
+    for row in rounds[-SHOWN_ROUNDS:]:
+        refused = len(_list(row.get("refused")))
+        replies = f"{len(_list(row.get('replies')))}{f' ({refused} refused)' if refused else ''}"
+        rows.append(
+            (
+                f"{'*' if row is best else ''}{row.get('round', text.DASH)}",
+                text.loss(_number(row.get("train_loss"))),
+                text.loss(_number(row.get("eval_loss"))),
+                replies if row.get("round") else text.DASH,
+                text.megabytes(_number(row.get("bytes_up"))),
+                text.megabytes(_number(row.get("bytes_down"))),
+                text.seconds(_number(row.get("wall_s"))),
+            )
+        )
+    lines = ["", *_table(rows, right=range(len(ROUND_COLUMNS)))]
+    return [*lines, "* lowest eval loss"] if best is not None else lines
+
+
+def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        words = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(cells)
+        ]
+        lines.append(
+            "  ".join(words).strip() if not row[0] and widths[0] == 0 else "  ".join(words)
+        )
+    return [line.rstrip() for line in lines]
+
+
+def _names(names: Sequence[str]) -> str:
+    hidden = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {hidden} more" if hidden > 0 else "")
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `3:07`, `2:03:07`."""
+    whole = int(max(0.0, seconds))
+    minutes, rest = divmod(whole, 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _ago(seen: object, now: float) -> str:
+    value = _number(seen)
+    if value is None:
+        return str(seen) if isinstance(seen, str) and seen else text.DASH
+    if now - value < 86400:
+        return f"{_duration(now - value)} ago"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+
+
+def _number(value: object) -> float | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return float(value) if good else None  # type: ignore[arg-type]
+
+
+def _count(value: object) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(_number(row.get(key)) or 0.0 for row in rows)
+
+
+def _list(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _cut(line: str, width: int) -> str:
+    printable = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return (
+        printable if len(printable) <= width else printable[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    )

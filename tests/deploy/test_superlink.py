@@ -1,0 +1,268 @@
+"""A real SuperLink, with TLS in this process's care and without TLS as `fedtune up`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import socket
+
+import pytest
+
+from fedtune.deploy import runs, superlink
+from fedtune.deploy.connection import (
+    Address,
+    Connection,
+    flower_environment,
+    flower_program,
+    probe,
+    remember_run,
+)
+from fedtune.deploy.gate import GATE
+from fedtune.deploy.processes import Supervisor, free_port
+from fedtune.deploy.superlink import start_superlink
+from fedtune.errors import ConfigError, DeployError
+from tests.deploy.programs import COMMAND, Program, left, up, wait_for
+
+APP = """
+import threading
+from pathlib import Path
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+@server.main()
+def main(grid, context):
+    print("here we are", flush=True)
+    if context.run_config["mark"]:
+        Path(context.run_config["mark"]).touch()
+    if context.run_config["mode"] == "raise":
+        raise ValueError("nobody joined")
+    threading.Event().wait()
+"""
+PROJECT = """
+[project]
+name = "waits"
+version = "1.0.0"
+description = ""
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "me"
+[tool.flwr.app.components]
+serverapp = "waits.app:server"
+clientapp = "waits.app:client"
+[tool.flwr.app.config]
+mode = "wait"
+mark = ""
+"""
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """A Flower app whose server never ends by itself."""
+    directory = tmp_path_factory.mktemp("app")
+    (directory / "waits").mkdir()
+    (directory / "waits" / "__init__.py").touch()
+    (directory / "waits" / "app.py").write_text(APP)
+    (directory / "pyproject.toml").write_text(PROJECT)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def link(certs, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("superlink")
+    env = flower_environment(directory / "flower")
+    with Supervisor(directory, env=env) as parts:
+        yield start_superlink(parts, Address("127.0.0.1", free_port()), tls=certs / "server")
+        processes = parts.processes()
+    assert left(processes, within_s=0) == []
+
+
+def command(module, add, run, *words):
+    parser = argparse.ArgumentParser()
+    getattr(module, add)(parser)
+    return getattr(module, run)(parser.parse_args([str(word) for word in words]))
+
+
+def status(*words):
+    return command(runs, "add_status_arguments", "run_status", *words)
+
+
+def test_the_sites_of_the_folder_are_registered_and_the_gate_is_there(link, certs):
+    assert link.sites == ["a", "b"]
+    with Connection(link.address, tls=certs / "submit") as connection:
+        nodes = connection.flwr("supernode", "list")["nodes"]
+    assert [node["status"] for node in nodes] == ["registered", "registered"]
+    probe(link.address, certs / "a" / "ca.crt", path=GATE)
+
+
+def test_status_before_the_first_run(link, certs, capsys):
+    assert status("--superlink", link.address, "--tls", certs / "submit") == 0
+    assert capsys.readouterr().out == (
+        f"superlink {link.address}   sites: 2 registered\n\nno runs yet\n"
+    )
+
+
+def test_a_watch_goes_on_until_ctrl_c(link, certs):
+    words = ["--superlink", link.address, "--tls", certs / "submit", "--watch", "0.1"]
+    with Program(
+        COMMAND, "fedtune.deploy.runs", "add_status_arguments", "run_status", *words
+    ) as program:
+        program.line("no runs yet")
+        program.line("no runs yet")
+        assert program.end(signal.SIGINT)[::2] == (0, "")
+
+
+def test_a_connection_without_tls_or_to_nobody_is_one_line(link):
+    with pytest.raises(DeployError, match="Pass --tls DIR"):
+        status("--superlink", link.address)
+    with pytest.raises(DeployError, match="nothing listens there"):
+        status("--superlink", f"127.0.0.1:{free_port()}")
+
+
+def test_what_flower_refuses_is_one_line(link, certs, tmp_path):
+    with Connection(link.address, tls=certs / "submit") as connection:
+        with pytest.raises(DeployError, match=r"flwr stop at .*Run ID not found"):
+            connection.flwr("stop", "12")
+        with pytest.raises(DeployError, match=r"flwr log at .*Run ID not found") as caught:
+            connection.show("log", "12", "--show")
+        with pytest.raises(DeployError, match=r"flwr run at .*pyproject\.toml"):
+            connection.flwr("run", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_taken_port_is_named(link, tmp_path):
+    with Supervisor(tmp_path) as parts, pytest.raises(DeployError, match="is in use by another"):
+        start_superlink(parts, link.bound)
+
+
+def test_a_superlink_that_cannot_start_shows_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        superlink, "_command", lambda *words: ["bash", "-c", "echo no disk; exit 1"]
+    )
+    with (
+        Supervisor(tmp_path) as parts,
+        pytest.raises(DeployError, match=r"superlink: ended, status 1\..*: no disk"),
+    ):
+        start_superlink(parts, Address("127.0.0.1", free_port()))
+
+
+def test_a_server_without_the_gate_is_refused(tmp_path, monkeypatch):
+    """An untested Flower that serves in another way must not be open unnoticed."""
+    stock = [flower_program("flower-superlink"), "--insecure"]
+    monkeypatch.setattr(
+        superlink,
+        "_command",
+        lambda bound, tls: [*stock, "--host", bound.host, "--port", str(bound.port)],
+    )
+    env = flower_environment(tmp_path / "flower")
+    with (
+        Supervisor(tmp_path, env=env) as parts,
+        pytest.raises(DeployError, match="received HTTP status 404"),
+    ):
+        start_superlink(parts, Address("127.0.0.1", free_port()))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--host", "0.0.0.0"], "without --tls only this machine may connect"),
+        (["--host", "example.org"], "without --tls only this machine may connect"),
+        (["--port", "0"], "--port: expected 1 to 65535"),
+        (["--port", "70000"], "--port: expected 1 to 65535"),
+        (["--insecure", "--tls", "x"], "exclude each other"),
+        (["--tls", "x"], "which is no directory"),
+        (["--host", "192.0.2.1", "--insecure"], "cannot listen on 192.0.2.1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, words, expected):
+    words += ["--output_dir", tmp_path / "out"]
+    with pytest.raises(ConfigError, match=expected) as caught:
+        command(superlink, "add_arguments", "run", *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_certificate_for_another_address_is_refused(tmp_path, certs):
+    with Supervisor(tmp_path) as parts, pytest.raises(ConfigError, match=r"Run fedtune certs with"):
+        start_superlink(parts, Address("127.0.0.2", free_port()), tls=certs / "server")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_ends_cleanly(tmp_path, number):
+    port = free_port()
+    with up("--port", port, "--output_dir", tmp_path / "out") as program:
+        program.line("warning: no TLS and no node authentication")
+        assert "fedtune join --superlink 127.0.0.1:" in program.line("at a site:")
+        family = program.family()
+        assert len(family) >= 4  # fedtune, its sweeper, the SuperLink, its executor
+        assert program.end(number)[::2] == (0, "")
+        assert left(family, within_s=0) == []
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_up_reports_a_superlink_that_died(tmp_path):
+    with up("--port", free_port(), "--output_dir", tmp_path / "out") as program:
+        program.line("log:")
+        family = program.family()
+        (killed,) = [process for process in family if "fedtune.deploy.gate" in process.cmdline()]
+        killed.kill()
+        _, err = program.process.communicate(timeout=20)
+        assert program.process.returncode == 2
+        assert left(family) == []
+    assert err.startswith("error: superlink: killed by SIGKILL. End of ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_server_app_outlives_up(tmp_path, app, number):
+    """Flower's own end of a ServerApp waits for its main thread, which here never looks."""
+    out, port = tmp_path / "out", free_port()
+    with up("--port", port, "--output_dir", out) as program:
+        program.line("log:")
+        with Connection(Address("127.0.0.1", port)) as connection:
+            connection.flwr("run", app, "--run-config", f'mark="{tmp_path / "mark"}"')
+        wait_for((tmp_path / "mark").exists)
+        family = program.family()
+        assert any("flwr-serverapp" in " ".join(process.cmdline()) for process in family)
+        status, _, _ = program.end(number)
+        assert status == (0 if number == signal.SIGTERM else -number)
+        assert left(family) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_shown_stopped_and_its_log_printed(link, certs, app, tmp_path, capfd):
+    words = ["--superlink", link.address, "--tls", certs / "submit"]
+    with Connection(link.address, tls=certs / "submit") as connection:
+        failed = connection.flwr("run", app, "--run-config", 'mode="raise"')["run-id"]
+        run = connection.flwr("run", app)["run-id"]
+        remember_run(run, tmp_path)
+        wait_for(lambda: runs.list_runs(connection)[0].status == "running")
+        wait_for(lambda: not runs.look(connection, failed).shown.is_active)
+        assert runs.look(connection).shown.id == run  # the active one
+    (tmp_path / "federation.json").write_text(json.dumps({"num_rounds": 3, "round": 1}))
+    (tmp_path / "rounds.jsonl").write_text('{"round": 0, "eval_loss": 2.5}\n{"round": 1, "eval_l')
+    capfd.readouterr()
+    status(*words)
+    shown = capfd.readouterr().out
+    assert "0/3 rounds done, in round 1" in shown
+    assert "2.500" in shown
+    status(failed, *words)
+    assert "nobody joined" in capfd.readouterr().out
+    command(runs, "add_stop_arguments", "run_stop", *words)
+    assert "ends after the current round" in capfd.readouterr().out
+    assert (tmp_path / "stop").exists()
+    command(runs, "add_stop_arguments", "run_stop", *words, "--now")
+    assert capfd.readouterr().out == f"run {run}: stopped\n"
+    with pytest.raises(ConfigError, match="none is active"):
+        command(runs, "add_stop_arguments", "run_stop", *words)
+    with pytest.raises(ConfigError, match="expected an active run, received one finished:stopped"):
+        command(runs, "add_stop_arguments", "run_stop", run, *words)
+    with pytest.raises(ConfigError, match="the SuperLink does not know it"):
+        status("12", *words)
+    command(runs, "add_logs_arguments", "run_logs", run, *words)
+    assert "here we are" in capfd.readouterr().out

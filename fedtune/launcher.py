@@ -14,6 +14,7 @@ from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.config import Arguments
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.output import check_output_dir, prepare_output_dir, run_settings
+from fedtune.relay.folder import RunFolder
 from fedtune.settings import parse_arguments
 
 __all__ = ["launch", "quiet_libraries"]
@@ -45,7 +46,13 @@ def launch(
             training_class or _sft_config(), argv, recipe_file=_file_of(build_model)
         )
         check_arguments(args)
-        run(args, build_model, build_trainer)
+        flags = sys.argv[1:] if argv is None else argv
+        args.command = (sys.executable, _file_of(build_model), *flags)
+        folder = RunFolder.of_environment()
+        if folder is None:
+            run(args, build_model, build_trainer)
+        else:
+            _take_part(args, folder, build_model, build_trainer)
     except RoundError as error:
         _fail(error, RUN_ERROR)
     except FedtuneError as error:
@@ -79,6 +86,14 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
             print(describe_run(args, first))
             return {}
     return run_seeds(args, prepare_output_dir(**output), silos, first, build_model, build_trainer)
+
+
+def _take_part(
+    args: Arguments, folder: RunFolder, build_model: BuildModel, build_trainer: BuildTrainer
+) -> None:
+    from fedtune.site import take_part
+
+    take_part(args, folder, build_model, build_trainer)
 
 
 def quiet_libraries() -> None:

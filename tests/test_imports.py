@@ -18,9 +18,8 @@ LEVELS = (
     {"checks"},
     {"relay"},
     {"client", "server"},
-    {"engines"},
-    {"deploy"},
     {"compare"},
+    {"deploy", "engines"},
 )
 TOP = len(LEVELS)  # launch, cli and what they are made of
 
@@ -32,8 +31,9 @@ MAY_IMPORT_FLOWER = (
     "client/",
     "relay/",
     "engines/",
+    "deploy/node.py",
 )
-PRIVATE_FLOWER = "engines/_compat.py"
+PRIVATE_FLOWER = "engines/_compat/"
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 # What lists arms, curves and rows needs neither models nor Flower.
 LIGHT = ("report", "data")
@@ -86,7 +86,7 @@ def test_only_the_shell_imports_flower(path):
     flower = [module for module in imports(path) if module.split(".")[0] == "flwr"]
     if not name(path).startswith(MAY_IMPORT_FLOWER):
         assert flower == []
-    if name(path) != PRIVATE_FLOWER:
+    if not name(path).startswith(PRIVATE_FLOWER):
         public = ("flwr", *PUBLIC_FLOWER)
         private = [module for module in flower if ".".join(module.split(".")[:2]) not in public]
         assert private == []

@@ -178,10 +178,7 @@ class Membership:
             node.stage = "asked"
             self._push(node, Message(pack(config=self._plan.record()), number, PLAN))
         elif node.stage == "planned" and self._state is not None:
-            problem = _other_adapter(node, self._state.manifest)
-            if problem:
-                self._refuse(number, node, problem)
-                return
+            # A site with another adapter is asked too: it then says so in its own log, and ends.
             node.stage = "setting up"
             config = {"run": self._plan.run, "manifest": self._state.manifest.to_json()}
             content = pack(arrays=self._state.static, config=config)
@@ -203,8 +200,12 @@ class Membership:
                 return
             node.member = Member(number, name, bool(config["evaluates"]))
             node.manifest, node.stage, node.problem = str(config["manifest"]), "planned", ""
-        else:
-            node.stage = "ready"
+        elif self._state is not None:
+            problem = _other_adapter(node, self._state.manifest)
+            if problem:
+                self._refuse(number, node, problem)
+            else:
+                node.stage = "ready"
 
     def _others(self, number: int) -> list[_Node]:
         return [node for key, node in self._nodes.items() if key != number]

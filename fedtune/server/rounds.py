@@ -215,10 +215,11 @@ def _evaluate(
         traffic.up += grid.traffic.up
     grid.traffic, grid.wait_s = traffic, wait_s
     plain = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
-    if plain and not math.isfinite(plain.get("eval_loss", math.nan)):
+    loss = plain.get("eval_loss")  # several held-out sets have losses of their own, and no such one
+    if loss is not None and not math.isfinite(loss):
         raise RoundError(
-            f"evaluation of round {number}: expected a finite eval_loss, received "
-            f"{plain.get('eval_loss')}. Lower the learning rate, or check the held-out rows."
+            f"evaluation of round {number}: expected a finite eval_loss, received {loss}. Lower "
+            "the learning rate, or check the held-out rows."
         )
     return plain, round(time.perf_counter() - started, 4)
 

@@ -5,6 +5,7 @@ simulation  Flower's simulation, called from a program
 version     which Flower this is, and whether its internals are known
 bundle      the app as Flower packs it, and its hash
 supernode   Flower's SuperNode without its fixed waits
+predecessor a node that was killed is reported by the next one
 executor    one process that forks a ClientApp for each message
 clientapp   what runs in the fork
 objects     parts of a message that are not there yet are asked for again sooner

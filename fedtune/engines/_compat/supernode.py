@@ -23,6 +23,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.engines._compat.executor import RING, Executor
 from fedtune.engines._compat.objects import hasten_objects
+from fedtune.engines._compat.predecessor import report_predecessor
 
 __all__ = ["NodeOptions", "Patience", "run_supernode", "run_untested_supernode"]
 
@@ -209,6 +210,7 @@ def _supernode(
         raise AttributeError("flwr.supernode.start_client_internal.time")
     vars(loop)["time"] = clock
     hasten_objects(loop)
+    report_predecessor(loop, options.folder)
     add_exit_handler(lambda: _stop(executor), run_before_force_exit=True)
     sys.argv = [
         "flower-supernode",

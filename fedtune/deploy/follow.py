@@ -32,14 +32,16 @@ def follow(
         RoundError: the run failed, or its ServerApp is gone.
     """
     shown, asked = "", time.monotonic()
+    known: set[str] = set()
     with Progress(num_rounds, "rounds") as progress:
         if earlier := len(_rounds(directory)):  # of a run that is resumed
             progress.advance(earlier)
         while True:
             state = _read(directory / FEDERATION, since)
             rounds = _rounds(directory) if state else []
-            shown = _show_sites(state, shown)
+            shown = _show_sites(state, shown, known)
             for record in rounds[progress.done :]:
+                _show_trouble(record)
                 progress.advance(1, **_facts(record))
             if state.get("state") == "done":
                 return
@@ -51,7 +53,8 @@ def follow(
                 # what it wrote last may have come after the last look
                 if reason and _read(directory / FEDERATION, since) == state:
                     raise RoundError(
-                        f"the server ended in round {len(rounds) + 1} without a word ({reason}); "
+                        f"the server ended in round {len(rounds) + 1} without a word "
+                        f"({reason.rstrip('.')}); "
                         f"the last good adapter is in {directory}. Continue with --resume."
                     )
             time.sleep(POLL_S)
@@ -73,23 +76,40 @@ def _rounds(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _show_sites(state: dict[str, Any], shown: str) -> str:
-    """Print who takes part when that has changed; returns what is on the screen."""
+def _show_sites(state: dict[str, Any], shown: str, known: set[str]) -> str:
+    """Print who takes part when that has changed; returns what is on the screen.
+
+    Args:
+        known: sites that have taken part so far; added to.
+    """
     words, nameless = [], 0
+    absent = known - {site["client"] for site in state.get("clients", [])}
     for site in state.get("clients", []):
         if site.get("problem"):
             words.append(f"{site['client']} refused ({site['problem']})")
         elif site["client"].startswith("node "):  # it has not told its name yet
             nameless += 1
         else:
+            known.add(site["client"])
             words.append(f"{site['client']} {'ready' if site['state'] == 'ready' else 'starting'}")
     if nameless:
         words.append(f"{nameless} more starting" if words else f"{nameless} starting")
+    else:
+        words += [f"{name} absent" for name in sorted(absent)]
     line = "sites: " + ", ".join(words)
     if words and line != shown:
         print(line, flush=True)
         return line
     return shown
+
+
+def _show_trouble(record: dict[str, Any]) -> None:
+    """Print what went wrong in a round that came about all the same."""
+    where = f"round {record['round']}"
+    for number, failure in enumerate(record["failed_attempts"], start=1):
+        print(f"{where}: attempt {number} failed: {failure['reason']}", flush=True)
+    for refusal in record["refused"]:
+        print(f"{where}: refused {refusal['client']} ({refusal['reason']})", flush=True)
 
 
 def _facts(record: dict[str, Any]) -> dict[str, Any]:

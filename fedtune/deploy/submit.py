@@ -96,7 +96,11 @@ def run(args: argparse.Namespace) -> int:
         )
         started = time.time()
         run_id = start_run(link, submission)
-        print(f"run {run_id}: {federation.num_rounds} rounds into {args.output_dir}", flush=True)
+        print(
+            f"run {run_id} ({submission.run} at the sites): {federation.num_rounds} rounds into "
+            f"{args.output_dir}",
+            flush=True,
+        )
         try:
             follow(
                 directory, federation.num_rounds, lambda: run_problem(link, run_id), since=started
@@ -142,6 +146,7 @@ def _checked(args: argparse.Namespace) -> FederationArguments:
         raise ConfigError(f"--min_clients: expected at least 1, received {args.min_clients}.")
     if not 0 < args.join_timeout_s < math.inf:
         raise ConfigError(f"--join_timeout_s: expected seconds > 0, received {args.join_timeout_s}")
+    _check_adapter(args.init_adapter)
     names = {field.name for field in dataclasses.fields(FederationArguments)} - set(NOT_HERE)
     federation = FederationArguments(**{name: getattr(args, name) for name in names})
     check_federation(
@@ -155,6 +160,16 @@ def _checked(args: argparse.Namespace) -> FederationArguments:
         )
     )
     return federation
+
+
+def _check_adapter(directory: str | None) -> None:
+    """Whether it looks like an adapter; the server reads it when the sites have told theirs."""
+    signs = ("fedtune_manifest.json", "adapter_config.json")
+    if directory and not any((Path(directory) / name).is_file() for name in signs):
+        raise ConfigError(
+            f"--init_adapter: expected a directory with {' or '.join(signs)}, received "
+            f"{directory}. Give the adapter/ of a run, or a PEFT checkpoint."
+        )
 
 
 def _settings(args: argparse.Namespace, federation: FederationArguments) -> dict[str, Any]:

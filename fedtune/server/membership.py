@@ -78,6 +78,7 @@ class Membership:
         self._patient, self._on_change = patient, on_change
         self._shown: list[dict[str, Any]] = []
         self._nodes: dict[int, _Node] = {}
+        self._met: set[int] = set()  # were ready once, so that a trainer waits there
         self._state: ServerState | None = None
 
     @property
@@ -117,10 +118,11 @@ class Membership:
                 self._nodes.pop(number, None)
 
     def finish(self, params: Mapping[str, Tensor], round_number: int, reason: str) -> None:
-        """Tell every member that the run is over; those that do not answer soon are left alone."""
+        """Tell all that were ready once that the run is over, refused ones too; wait not long."""
         goodbye = ConfigRecord({"run": self._plan.run, "round": round_number, "reason": reason})
         content = pack(arrays=params, config=goodbye)
-        messages = [Message(content, member.node, FINISH) for member in self.members]
+        there = self._met.intersection(self._grid.get_node_ids())
+        messages = [Message(content, node, FINISH) for node in sorted(there)]
         for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
             if reply.has_error():
                 log.warning("finish: %s", one_line(reply.error.reason))
@@ -206,6 +208,7 @@ class Membership:
                 self._refuse(number, node, problem)
             else:
                 node.stage = "ready"
+                self._met.add(number)
 
     def _others(self, number: int) -> list[_Node]:
         return [node for key, node in self._nodes.items() if key != number]

@@ -149,9 +149,13 @@ class FedStrategy(Strategy):
         """
         outcome, fold, spread = self.outcome, self.method.fold(), _Spread()
         silent = {name: node for node, name in self.clients.items() if name in outcome.asked}
+        lost: list[str] = []
         for message in replies:
             node = message.metadata.src_node_id
             name = self.clients.get(node, str(node))
+            if message.has_error() and node not in self.clients:  # the server's, for a lost node
+                lost.append(one_line(message.error.reason))
+                continue
             if silent.pop(name, None) is None:
                 outcome.refused.append(Refusal(node, name, "not asked, or answered twice"))
                 continue
@@ -172,7 +176,8 @@ class FedStrategy(Strategy):
             outcome.aggregate_s += time.perf_counter() - started
             del update
         for name, node in sorted(silent.items()):
-            outcome.refused.append(Refusal(node, name, "no reply within the round's time limit"))
+            why = lost.pop() if lost else "no reply within the round's time limit"
+            outcome.refused.append(Refusal(node, name, why))
         if len(outcome.replies) < needed_replies(self.min_replies, len(outcome.asked)):
             return None, None
         started = time.perf_counter()
@@ -202,7 +207,7 @@ class FedStrategy(Strategy):
         totals: dict[str, float] = {}
         weights = 0
         for message in replies:
-            name = self.clients.get(message.metadata.src_node_id, "?")
+            name = self.clients.get(message.metadata.src_node_id, "a lost client")
             if message.has_error():
                 problems.append(f"{name}: {one_line(message.error.reason)}")
                 continue

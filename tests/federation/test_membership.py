@@ -133,8 +133,9 @@ def test_a_failed_run_says_so_at_the_sites() -> None:
     run = deployed(2, num_rounds=2, max_failed_rounds=0)
     with pytest.raises(RoundError, match="round 1 failed"):
         result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
-    # the one that failed is asked from the start before it is told anything else
-    assert sites.finished["client-0"][1].startswith("failed: round 1 failed")
+    # the one that failed is no member until it has been asked again, but its trainer waits
+    assert sites.finished.keys() == {"client-0", "client-1"}
+    assert all(reason.startswith("failed: round 1 failed") for _, reason in sites.finished.values())
 
 
 def test_a_site_that_failed_is_asked_from_the_start_before_its_next_round() -> None:

@@ -14,6 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedtune.adapters import load_exported
+from fedtune.engines._compat import client_failed
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import load_latest
 from fedtune.server.store import RunStore
@@ -283,6 +284,22 @@ def test_a_network_that_swallows_answers_runs_into_the_time_limit() -> None:
     ]
     assert 0.2 <= record["wall_s"] < 2
     assert record["samples"] == 20
+
+
+def test_a_lost_client_is_named_though_the_server_answers_in_its_place() -> None:
+    def deliver(reply: Message) -> Iterable[Message]:
+        if reply.metadata.message_type != "train" or reply.metadata.src_node_id != 3:
+            return [reply]
+        answer = client_failed(reply, RuntimeError("node unavailable"))
+        vars(answer.metadata)["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        assert answer.metadata.src_node_id != 3
+        return [answer]
+
+    run = server_run(3, min_replies="2", num_rounds=1)
+    record = result_of(serve(run, Script(), deliver=deliver)).history[1]
+    assert [(item["node"], item["client"], item["reason"]) for item in record["refused"]] == [
+        (3, "client-1", "node unavailable")
+    ]
 
 
 def without(kind: str) -> Callable[[Message], Iterable[Message]]:

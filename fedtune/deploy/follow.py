@@ -16,7 +16,7 @@ from fedtune.server.submission import FEDERATION
 __all__ = ["follow"]
 
 POLL_S = 0.2
-ALIVE_S = 10.0  # asking Flower costs a second of CPU
+ALIVE_S = 20.0  # asking Flower costs a second of CPU
 
 
 def follow(

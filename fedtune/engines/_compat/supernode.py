@@ -90,7 +90,6 @@ class Clock:
     """
 
     FLOWERS_IDLE_S = 3.0
-    RING_AGAIN_S = 1.0  # in case one was lost
 
     def __init__(self, bell: socket.socket) -> None:
         self.executor_gone = False
@@ -98,7 +97,6 @@ class Clock:
         self._idle = Patience(0.05, 1.0)
         self._reply = Patience(0.05, 1.0)
         self._was_idle = True
-        self._rang = -self.RING_AGAIN_S
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
@@ -110,8 +108,7 @@ class Clock:
         if idle != self._was_idle:
             patience.begin()
         self._was_idle = idle
-        if not idle and time.monotonic() - self._rang >= self.RING_AGAIN_S:
-            self._rang = time.monotonic()
+        if not idle:
             with contextlib.suppress(OSError):  # full: it rings already; closed: see below
                 self._bell.send(RING)
         readable, _, _ = select.select([self._bell], [], [], patience.pause())
@@ -120,7 +117,6 @@ class Clock:
             sys.exit(1)
         if readable:
             self._reply.begin()
-            self._rang = -self.RING_AGAIN_S  # the next wait is for another message
 
     def _heard(self) -> bool:
         try:

@@ -77,11 +77,13 @@ class Executor:
             readable, _, _ = select.select(
                 [self.bell.fileno(), *(f.end for f in self._forks)], [], []
             )
-            for fork in [fork for fork in self._forks if fork.end in readable]:
+            ended = [fork for fork in self._forks if fork.end in readable]
+            for fork in ended:
                 self._ended(fork)
-            if self.bell.fileno() in readable:
-                if not self.bell.recv(4096):
-                    return
+            rung = self.bell.fileno() in readable
+            if rung and not self.bell.recv(4096):
+                return
+            if rung or ended:
                 self._acquire(client)
 
     def _acquire(self, client: Any) -> None:

@@ -126,6 +126,15 @@ def test_a_small_value_survives_large_ones_that_cancel() -> None:
     )
 
 
+def test_the_sum_of_the_weights_is_exact() -> None:
+    """2^53 + 1 + 1 loses both ones in fp64, and equal updates would not be their mean."""
+    ones = {"x": torch.ones(1, dtype=torch.float64)}
+    mean = RunningMean()
+    for weight in (2.0**53, 1.0, 1.0):
+        mean.add(ones, weight)
+    assert torch.equal(mean.result()["x"], ones["x"])
+
+
 def test_every_block_and_shape_is_folded() -> None:
     """Larger than a block of 65,536, not a multiple of it; 0-d, empty and non-contiguous."""
     updates = [

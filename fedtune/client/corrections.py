@@ -1,0 +1,189 @@
+"""What FedProx and SCAFFOLD do at the client: a change of the gradient, in any Trainer.
+
+    fedprox    g <- g + mu (y - x)                    x: parameters at the start of the round
+    scaffold   g <- g - c_k + c,  c_k+ = mean of g    c: the server's control, c_k: the client's
+
+Where it lies: once per optimizer step, on the gradient that the optimizer is about to use, so after
+accumulation over micro-batches, unscaling and clipping (`on_pre_optimizer_step`). The correction
+itself is not clipped. In the mean too, g is the clipped gradient: c_k has to stand for what it is
+taken from. Under AdamW the corrected gradient enters the moments.
+
+Limits: parameters must be whole (no FSDP, no DeepSpeed). SCAFFOLD needs every step to be taken; the
+loss scaler of fp16 does not promise that, bf16 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from fedtune.adapters.names import trainable_tensors
+from fedtune.errors import ConfigError
+from fedtune.strategies.base import Correction
+
+__all__ = [
+    "ControlVariates",
+    "CorrectionCallback",
+    "GradientCorrection",
+    "ProximalTerm",
+    "make_correction",
+    "read_control",
+    "write_control",
+]
+
+CONTROL_FILE = "control.safetensors"
+
+
+class GradientCorrection(Protocol):
+    """One round of one client."""
+
+    def begin(self, model: nn.Module) -> None:
+        """The global parameters have just been loaded into `model`."""
+
+    def apply(self) -> None:
+        """Change the gradients in place; called once per optimizer step."""
+
+
+class ProximalTerm:
+    """FedProx: g + mu (y - x)."""
+
+    def __init__(self, mu: float) -> None:
+        self._mu = mu
+        self._anchors: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, model: nn.Module) -> None:
+        """Remember x."""
+        self._anchors = [
+            (parameter, _precise(parameter).clone())
+            for parameter in trainable_tensors(model, "default").values()
+        ]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Pull every parameter back to x."""
+        _require_gradients(parameter for parameter, _ in self._anchors)
+        for parameter, anchor in self._anchors:
+            if parameter.grad is not None:
+                pull = (_precise(parameter) - anchor).mul_(self._mu)
+                parameter.grad.copy_(_precise(parameter.grad) + pull)
+
+
+class ControlVariates:
+    """SCAFFOLD: g - c_k + c.
+
+    Args:
+        control: c, by canonical name; a missing one is zero.
+        own: c_k, likewise.
+    """
+
+    def __init__(self, control: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        self._control, self._own = control, own
+        self._terms: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def begin(self, model: nn.Module) -> None:
+        """Put c - c_k beside every parameter and start the sum of gradients."""
+        self._terms, self._sums, self._steps = [], {}, 0
+        for name, parameter in trainable_tensors(model, "default").items():
+            total = torch.zeros_like(_precise(parameter))
+            shift = torch.zeros_like(total)
+            if name in self._control:
+                shift += self._control[name].to(shift)
+            if name in self._own:
+                shift -= self._own[name].to(shift)
+            self._sums[name] = total
+            self._terms.append((parameter, shift, total))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Add the gradient to the sum, then correct it."""
+        _require_gradients(parameter for parameter, _, _ in self._terms)
+        self._steps += 1
+        for parameter, shift, total in self._terms:
+            if parameter.grad is not None:
+                gradient = _precise(parameter.grad)
+                total += gradient
+                parameter.grad.copy_(gradient + shift)
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """c_k+ and c_k+ - c_k, on the CPU; what was not trained in this round keeps its c_k."""
+        own = {name: value.cpu() for name, value in self._own.items()}
+        if self._steps:
+            own |= {name: (total / self._steps).cpu() for name, total in self._sums.items()}
+        change = {
+            name: value - self._own[name].to(value) if name in self._own else value
+            for name, value in own.items()
+        }
+        return own, change
+
+
+def make_correction(
+    wanted: Correction, control: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> GradientCorrection:
+    """What the server's method wants its clients to do; controls as for `ControlVariates`."""
+    if wanted.name == "fedprox":
+        return ProximalTerm(**wanted.settings)
+    if wanted.name == "scaffold":
+        return ControlVariates(control, own)
+    raise ConfigError(
+        f"correction: expected fedprox or scaffold, received {wanted.name!r}. Use the same fedtune "
+        "release everywhere."
+    )
+
+
+class CorrectionCallback(TrainerCallback):
+    """Runs a correction in a Trainer; add it after what loads the global parameters."""
+
+    def __init__(self, correction: GradientCorrection) -> None:
+        self._correction = correction
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every `train()` is one round here."""
+        if args.fp16 and isinstance(self._correction, ControlVariates):
+            raise ConfigError(
+                "--strategy scaffold: expected every step to be taken, received --fp16, whose loss "
+                "scaler leaves some out. Use --bf16."
+            )
+        self._correction.begin(kwargs["model"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After clipping, before the optimizer."""
+        self._correction.apply()
+
+
+def read_control(directory: Path | None) -> dict[str, Tensor]:
+    """A client's c_k from the directory of one of its rounds; empty, so zero, before the first."""
+    if directory is None:
+        return {}
+    file = directory / CONTROL_FILE
+    if not file.is_file():
+        raise ConfigError(
+            f"client state: expected {CONTROL_FILE} in {directory}, found none: that round was not "
+            "trained with scaffold. Start again with --overwrite."
+        )
+    return load_file(file)
+
+
+def write_control(directory: Path, own: Mapping[str, Tensor]) -> None:
+    """Keep a client's c_k with the rest of its state of a round."""
+    save_file({name: tensor.contiguous() for name, tensor in own.items()}, directory / CONTROL_FILE)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Without graph, at least fp32."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _require_gradients(parameters: Iterable[Tensor]) -> None:
+    if all(parameter.grad is None for parameter in parameters):
+        raise ConfigError(
+            "--strategy: expected gradients beside the parameters, found none: sharded training "
+            "(FSDP, DeepSpeed) hides them. Train whole, or leave the client correction out."
+        )

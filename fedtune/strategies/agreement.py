@@ -1,0 +1,102 @@
+"""Whether updates can be aggregated: what they hold, against each other and against the method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.adapters import Entry
+from fedtune.errors import ConfigError, ManifestError
+from fedtune.strategies.base import Properties
+from fedtune.strategies.lora.names import is_lora_a, is_lora_b, lora_modules, variants
+
+__all__ = ["check_agreement", "check_variants"]
+
+DORA = "a DoRA weight is normalised, so a product of factors is not what it adds"
+
+
+def check_variants(method: str, properties: Properties, names: Sequence[str]) -> None:
+    """Refuse kinds of tensors that the method is not right for; raises ConfigError."""
+    allowed = properties.variants
+    found = sorted(variants(names) - (allowed or variants(names)))
+    if allowed is None or not found:
+        return
+    reason = f": {DORA}" if found[0] == "dora" else ""
+    advice = "fedavg" if "other" in found else "fedavg or fedit"
+    raise ConfigError(
+        f"{method}: expected {', '.join(sorted(allowed))} tensors, received {found[0]}{reason}. "
+        f"Use {advice}."
+    )
+
+
+def check_agreement(
+    method: str, properties: Properties, updates: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Refuse updates that differ in names, shapes or dtypes, or are not finite.
+
+    LoRA ranks may differ where the method allows it.
+
+    Raises:
+        ManifestError: names the client (from 0) and the first tensor, in sorted order.
+    """
+    first = updates[0]
+    for client, update in enumerate(updates):
+        for name in sorted({*first, *update}):
+            if name not in update or name not in first:
+                which = "is missing" if name not in update else "is in no other"
+                raise ManifestError(
+                    f"update {client}: `{name}` {which}: expected the {len(first)} tensors of "
+                    f"update 0, received {len(update)}. Send the same tensors everywhere."
+                )
+            _check_tensor(f"update {client}: `{name}`", method, properties, first, update, name)
+        _check_ranks(client, update)
+
+
+def _check_tensor(
+    where: str,
+    method: str,
+    properties: Properties,
+    first: Mapping[str, Tensor],
+    update: Mapping[str, Tensor],
+    name: str,
+) -> None:
+    expected, tensor = Entry.of(first[name]), update[name]
+    received = Entry.of(tensor)
+    if received != expected:
+        free = {0} if is_lora_a(name) else {1} if is_lora_b(name) else set()
+        if received.dtype != expected.dtype or _differ(received, expected) - free:
+            raise ManifestError(
+                f"{where}: expected {expected} as in update 0, received {received}. "
+                "Send the same shapes and dtypes everywhere."
+            )
+        if not properties.mixed_ranks:
+            raise ManifestError(
+                f"{where}: {method} expected equal ranks, received {expected} and {received}. "
+                "Use flora or flexlora."
+            )
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        raise ManifestError(
+            f"{where}: expected finite floating-point numbers, received {received} with others. "
+            "Leave this update out."
+        )
+
+
+def _differ(left: Entry, right: Entry) -> set[int]:
+    """Dimensions in which two shapes differ; -1 for their number."""
+    if len(left.shape) != len(right.shape):
+        return {-1}
+    pairs = enumerate(zip(left.shape, right.shape, strict=True))
+    return {i for i, (one, other) in pairs if one != other}
+
+
+def _check_ranks(client: int, update: Mapping[str, Tensor]) -> None:
+    for module in lora_modules(update).values():
+        if module.b in update and module.a in update:
+            b, a = update[module.b].shape[1], update[module.a].shape[0]
+            if a != b:
+                raise ManifestError(
+                    f"update {client}: `{module.name}`: expected one rank, received {b} in lora_B "
+                    f"and {a} in lora_A. Send both factors of one adapter."
+                )

@@ -1,0 +1,48 @@
+"""SCAFFOLD: clients correct for their drift by control variates (Karimireddy et al. 2020).
+
+    client:  g <- g - c_k + c,   c_k+ = mean of g over the round
+    server:  x <- sum_k p_k y_k,   c <- c + |S| / N sum_k p_k (c_k+ - c_k)
+
+arXiv 1910.06378; S are the clients of the round, N all. The paper's option II,
+c_k+ = c_k - c + (x - y) / (steps lr), is this mean under SGD at a constant rate, and is off by the
+optimizer's scale under AdamW; the mean is right under both. With equal weights the step of c is the
+paper's; with others c stays sum_k p_k c_k, so that the fixed point is the weighted objective's.
+
+Travels: one control variate beside the parameters, both ways. Memory: one at the server, three
+copies of the trained parameters at the client, which keeps c_k between its rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtune.strategies.base import Correction, Method, Properties
+
+__all__ = ["Scaffold", "next_control"]
+
+
+@dataclass(frozen=True)
+class Scaffold(Method):
+    """Control variates; no settings. A server learning rate is another axis: `scaffold+fedavgm`."""
+
+    properties = Properties(axis="correction", client_state=True)
+
+    def correction(self) -> Correction:
+        """The control variates."""
+        return Correction("scaffold", control=True)
+
+
+def next_control(
+    control: Mapping[str, Tensor], mean_change: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """The server's c plus `share`, |S| / N, times the mean of c_k+ - c_k; a missing c is zero."""
+    return {
+        name: (control.get(name, torch.zeros_like(change)).double() + share * change.double()).to(
+            change.dtype
+        )
+        for name, change in mean_change.items()
+    }

@@ -16,7 +16,6 @@ from fedtune.config import (
     Arguments,
     sampled_clients,
     split_names,
-    strategy_settings,
 )
 from fedtune.errors import ConfigError
 from fedtune.nearest import nearest
@@ -159,25 +158,27 @@ def _track(args: Arguments) -> str | None:
 
 
 def _strategy(args: Arguments) -> str | None:
-    from fedtune.strategies import METHODS, setting_names  # torch
+    from fedtune.strategies import strategy_of  # torch
 
     fed = args.federation
-    names = fed.strategy.split("+")
-    for name in names:
-        if name not in METHODS:
-            return f"--strategy: unknown method {name!r}. {nearest(name, METHODS)}"
-    axes = [METHODS[name].properties.axis for name in names]
-    for name, axis in zip(names, axes, strict=True):
-        if len(names) > 1 and (axis is None or axes.count(axis) > 1):
-            reason = "combines with no other method" if axis is None else f"is a second {axis}"
-            return f"--strategy {fed.strategy}: {name} {reason}. Use one method of each axis."
-        if METHODS[name].properties.client_state and fed.client_state == "reset":
-            return f"--strategy {name} keeps state at its clients. Use --client_state carry."
-    known = [setting for name in names for setting in setting_names(name)]
-    for setting in strategy_settings(fed.strategy_args):
-        if setting not in known:
-            hint = nearest(setting, known) if known else "It has none: leave it out."
-            return f"--strategy_args: {setting!r} is no setting of {fed.strategy}. {hint}"
+    try:
+        method = strategy_of(fed)
+    except ConfigError as error:
+        return str(error)
+    if method.correction() is not None:
+        return (
+            f"--strategy {fed.strategy}: it corrects gradients at the clients, which no engine "
+            "does here. Use a rule or a server optimizer."
+        )
+    if method.properties.client_state and fed.client_state == "reset":
+        return f"--strategy {fed.strategy} keeps state at its clients. Use --client_state carry."
+    sampled, least = sampled_clients(fed.fraction_train, fed.num_clients), method.least_updates()
+    if sampled < least:
+        return (
+            f"--strategy {fed.strategy}: expected at least {least} clients asked in a round, "
+            f"received {sampled}. Raise --num_clients or --fraction_train, or lower f in "
+            "--strategy_args."
+        )
     return None
 
 

@@ -186,3 +186,10 @@ def test_strategy_settings():
     for text in ("mu", "mu=", "=1", "mu=x", "mu=nan", "mu=1,mu=2"):
         with pytest.raises(ConfigError, match="--strategy_args"):
             strategy_settings(text)
+
+
+def test_a_rule_that_needs_more_clients():
+    assert "at least 5 clients" in message("--strategy krum --num_clients 4")
+    assert "received 3" in message("--strategy krum --num_clients 6 --fraction_train 0.5")
+    check("--strategy krum --num_clients 5")
+    check("--strategy krum --strategy_args f=0 --num_clients 3")

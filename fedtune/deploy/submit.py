@@ -148,7 +148,8 @@ def _checked(args: argparse.Namespace) -> FederationArguments:
         raise ConfigError(f"--join_timeout_s: expected seconds > 0, received {args.join_timeout_s}")
     _check_adapter(args.init_adapter)
     names = {field.name for field in dataclasses.fields(FederationArguments)} - set(NOT_HERE)
-    federation = FederationArguments(**{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in names}
+    federation = FederationArguments(num_clients=args.min_clients, **given)
     check_federation(
         Arguments(
             ModelArguments(),

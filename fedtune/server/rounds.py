@@ -15,7 +15,7 @@ from fedtune.config import FederationArguments
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import Membership
-from fedtune.strategies.shell import FedStrategy, Outcome, needed_replies
+from fedtune.strategies.shell import FedStrategy, Outcome
 from fedtune.strategies.updates import finite_or_none
 from fedtune.transport.grid import EagerGrid, Traffic
 from fedtune.transport.messages import RoundTask
@@ -241,9 +241,8 @@ def _bytes(traffic: Traffic) -> dict[str, int]:
 
 
 def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:
-    needed = needed_replies(strategy.min_replies, len(outcome.asked))
     reasons = "; ".join(f"{item.client}: {item.reason}" for item in outcome.refused[:3])
     return {
-        "reason": f"{len(outcome.replies)} of {needed} needed updates ({reasons})",
+        "reason": f"{len(outcome.replies)} of {strategy.needed} needed updates ({reasons})",
         "refused": [asdict(refusal) for refusal in outcome.refused],
     }

@@ -3,8 +3,12 @@
 The shell (`shell.py`) calls them in this order each round; a method overrides what its paper
 changes and inherits the rest, which together is FedAvg:
 
+    correction()           -> what clients add to their gradients; None for nothing
     weigh(stats)           -> weight of one client's update
-    reduce                 -> a fold: add(params, weight) per reply, result() once
+    trains(name, round)    -> whether clients train a tensor in this round
+    travels(name)          -> whether it is sent, or stays with its client
+    fold(now)              -> add(params, weight) per reply, result() once
+    server_rate(stats)     -> how far the server goes from the old parameters to that result
     step(old, new, state)  -> the new global value of one tensor, and the server's state for it
 
 Methods know tensors and numbers, neither Flower nor PEFT.
@@ -12,17 +16,28 @@ Methods know tensors and numbers, neither Flower nor PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from fedtune.strategies.mean import RunningMean
 
-__all__ = ["Axis", "ClientStats", "Fold", "Method", "Properties"]
+__all__ = [
+    "ANY_ROUND",
+    "Axis",
+    "ClientStats",
+    "Correction",
+    "Exactness",
+    "Fold",
+    "Method",
+    "Properties",
+    "Round",
+]
 
 Axis = Literal["correction", "lora_rule", "server_optimizer"]
+Exactness = Literal["exact", "to rank", "approximate"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +49,40 @@ class Properties:
         sum_suffices: the weighted sum of updates is all it needs (secure aggregation, eager fold).
         client_state: clients keep state of the method between rounds.
         changes_base: it adds to the frozen base model.
+        products: whether the merged update is sum p_k s_k B_k A_k: exactly, to the chosen rank, or
+            up to the covariance of the factors.
+        mixed_ranks: clients may have different LoRA ranks.
+        qlora_safe: a quantized base serves as it is. Otherwise what the method adds to the base is
+            kept beside it (`lora/cumulative.py`).
+        variants: kinds of tensors it is right for (`lora/names.py`); None for all.
     """
 
     axis: Axis | None = None
     sum_suffices: bool = True
     client_state: bool = False
     changes_base: bool = False
+    products: Exactness = "approximate"
+    mixed_ranks: bool = False
+    qlora_safe: bool = True
+    variants: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a fold may need to know besides the updates.
+
+    Attributes:
+        number: the round, from 1.
+        reference: the global parameters that the clients started from; empty if unknown.
+        scaling: module -> factor of B @ A, the same for all clients.
+    """
+
+    number: int = 1
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    scaling: Mapping[str, float] = field(default_factory=dict)
+
+
+ANY_ROUND = Round()
 
 
 @dataclass(frozen=True)
@@ -51,8 +94,23 @@ class ClientStats:
     num_steps: int
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What clients add to their gradients (`client/corrections.py`).
+
+    Attributes:
+        name: of the correction.
+        settings: its numbers.
+        control: whether a control variate travels beside the parameters, both ways.
+    """
+
+    name: str
+    settings: Mapping[str, float] = field(default_factory=dict)
+    control: bool = False
+
+
 class Fold(Protocol):
-    """Consumes replies one at a time and keeps none of them."""
+    """Consumes replies one at a time; only robust rules keep them (`kept.py`)."""
 
     def add(self, params: Mapping[str, Tensor], weight: float) -> None:
         """Fold one client's parameters in."""
@@ -69,15 +127,39 @@ class Method:
 
     properties: ClassVar[Properties] = Properties()
 
-    def weigh(self, stats: ClientStats) -> float:
-        """Weight p_k of one update, before normalisation."""
+    def correction(self) -> Correction | None:
+        """What clients add to their gradients."""
+        return None
+
+    def share(self, stats: ClientStats) -> float:
+        """Weight of one client's rows in the objective, by `weight_by`, before normalisation."""
         if self.weight_by == "uniform":
             return 1.0
         return float(stats.num_tokens if self.weight_by == "tokens" else stats.num_examples)
 
-    def fold(self) -> Fold:
+    def weigh(self, stats: ClientStats) -> float:
+        """Weight p_k of one update, before normalisation."""
+        return self.share(stats)
+
+    def least_updates(self) -> int:
+        """Updates that a round needs for the result to be defined."""
+        return 1
+
+    def trains(self, name: str, server_round: int) -> bool:
+        """Whether clients train this tensor in this round; a frozen one need not travel."""
+        return True
+
+    def travels(self, name: str) -> bool:
+        """Whether this tensor is sent; otherwise each client keeps its own."""
+        return True
+
+    def fold(self, now: Round = ANY_ROUND) -> Fold:
         """A fresh fold for one round."""
         return RunningMean()
+
+    def server_rate(self, stats: Sequence[ClientStats]) -> float:
+        """Factor on (fold's result - old parameters), from the stats of all folded updates."""
+        return 1.0
 
     def step(
         self, old: Tensor, new: Tensor, state: Mapping[str, Tensor]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.config import sampled_clients
-from fedtune.errors import RoundError
-from fedtune.strategies.base import Method
+from fedtune.errors import ConfigError, RoundError
+from fedtune.strategies.base import ClientStats, Method, Round
+from fedtune.strategies.mean import toward
 from fedtune.strategies.updates import Refusal, Update, UpdateRefusedError, one_line, read_update
 from fedtune.transport.messages import EVALUATE, TRAIN, Member, RoundTask, pack
 from fedtune.transport.records import config_of, metrics_of, params_of, to_arrays
@@ -93,6 +94,11 @@ class FedStrategy(Strategy):
         run_id: str = "",
         ttl_s: float = math.inf,
     ) -> None:
+        if method.correction() is not None:  # no message carries it: it would be plain FedAvg
+            raise ConfigError(
+                "--strategy: expected no correction at the clients, received "
+                f"{method.correction()}."
+            )
         self.method = method
         self.manifest = manifest
         self.fraction_train = fraction_train
@@ -115,6 +121,12 @@ class FedStrategy(Strategy):
     def summary(self) -> None:
         """Log the method and its settings."""
         log.info("method %s over %d clients", self.method, len(self.clients))
+
+    @property
+    def needed(self) -> int:
+        """Good updates that the round needs, by `min_replies` and by the method."""
+        asked = needed_replies(self.min_replies, len(self.outcome.asked))
+        return max(asked, self.method.least_updates())
 
     def sample(self, server_round: int, attempt: int) -> list[str]:
         """Names of the clients asked in this attempt of a round, sorted."""
@@ -147,7 +159,8 @@ class FedStrategy(Strategy):
         `outcome` then says what happened. Nothing of the strategy's own state changes unless the
         round is good.
         """
-        outcome, fold, spread = self.outcome, self.method.fold(), _Spread()
+        outcome, spread, stats = self.outcome, _Spread(), list[ClientStats]()
+        fold = self.method.fold(Round(server_round, self._global, self.manifest.scaling))
         silent = {name: node for node, name in self.clients.items() if name in outcome.asked}
         lost: list[str] = []
         for message in replies:
@@ -171,6 +184,7 @@ class FedStrategy(Strategy):
                 del message
             fold.add(update.params, weight)
             spread.add(_squared_distance(update.params, self._global), weight)
+            stats.append(update.stats)
             outcome.replies.append(_reply_row(name, update))
             outcome.train_s += update.train_s
             outcome.aggregate_s += time.perf_counter() - started
@@ -178,10 +192,10 @@ class FedStrategy(Strategy):
         for name, node in sorted(silent.items()):
             why = lost.pop() if lost else "no reply within the round's time limit"
             outcome.refused.append(Refusal(node, name, why))
-        if len(outcome.replies) < needed_replies(self.min_replies, len(outcome.asked)):
+        if len(outcome.replies) < self.needed:
             return None, None
         started = time.perf_counter()
-        arrays = to_arrays(self._step(fold.result(), spread))
+        arrays = to_arrays(self._step(fold.result(), self.method.server_rate(stats), spread))
         outcome.aggregate_s += time.perf_counter() - started
         return arrays, MetricRecord({"num-examples": outcome.total("examples")})
 
@@ -234,11 +248,11 @@ class FedStrategy(Strategy):
     def _weight(self, update: Update) -> float:
         return self.method.weigh(update.stats)
 
-    def _step(self, new: dict[str, Tensor], spread: _Spread) -> dict[str, Tensor]:
+    def _step(self, new: dict[str, Tensor], rate: float, spread: _Spread) -> dict[str, Tensor]:
         self.outcome.client_drift = spread.around(_squared_distance(new, self._global))
         stepped: dict[str, Tensor] = {}
         state: MethodState = {}
-        for name, value in new.items():
+        for name, value in toward(self._global, new, rate).items():
             old = self._global[name]
             stepped[name], state[name] = self.method.step(
                 old, value, self.method_state.get(name, {})

@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from fedtune.client.callback import FedTuneCallback
     from fedtune.client.patch import patch, unpatch
     from fedtune.launcher import launch
+    from fedtune.strategies.aggregate import Aggregate, aggregate
 
 __all__ = [
+    "Aggregate",
     "FedTuneCallback",
     "GlobalUpdate",
     "__version__",
+    "aggregate",
     "init",
     "is_running",
     "launch",
@@ -29,8 +32,10 @@ __version__ = version("fedtune")
 
 # `import fedtune` and `fedtune --help` stay quick: names are loaded when they are used.
 _HOMES = {
+    "Aggregate": "fedtune.strategies.aggregate",
     "FedTuneCallback": "fedtune.client.callback",
     "GlobalUpdate": "fedtune.client.api",
+    "aggregate": "fedtune.strategies.aggregate",
     "init": "fedtune.client.api",
     "is_running": "fedtune.client.api",
     "launch": "fedtune.launcher",

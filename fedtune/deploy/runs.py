@@ -100,7 +100,6 @@ def look(link: Connection, run: str | None = None) -> View:
         shown=shown,
         federation=_federation(directory),
         rounds=_rounds(directory),
-        now=time.time(),
     )
 
 

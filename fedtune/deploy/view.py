@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,6 @@ class View:
         shown: the run that is told in full.
         federation: its federation.json, or empty.
         rounds: the lines of its rounds.jsonl.
-        now: seconds since the epoch.
     """
 
     superlink: str
@@ -54,7 +52,6 @@ class View:
     shown: RunState | None = None
     federation: Mapping[str, Any] = field(default_factory=dict)
     rounds: Sequence[Mapping[str, Any]] = ()
-    now: float = 0.0
 
 
 def render(view: View, *, width: int = 100) -> str:
@@ -119,21 +116,25 @@ def _progress(view: View) -> list[str]:
 
 
 def _clients(view: View) -> list[str]:
-    lines = []
-    waiting = [str(name) for name in _list(view.federation.get("waiting_for"))]
-    if waiting and view.shown is not None and view.shown.is_active:
-        lines.append(f"waiting for {_names(waiting)}")
+    """Who is there, how far, and in which round the server last took an update."""
     clients = [row for row in _list(view.federation.get("clients")) if isinstance(row, Mapping)]
-    if clients:
-        rows = [("client", "state", "round", "last seen")]
-        for row in clients[:SHOWN_NAMES]:
-            seen = _ago(row.get("last_seen"), view.now)
-            words = (row.get("client"), row.get("state"), row.get("round"))
-            name, state, number = (str(text.DASH if word is None else word) for word in words)
-            rows.append((name, state, number, seen))
-        lines += ["", *_table(rows, right=(2, 3))]
-        if len(clients) > SHOWN_NAMES:
-            lines.append(f"  and {len(clients) - SHOWN_NAMES} more")
+    if not clients:
+        return []
+    taken = {
+        reply.get("client"): row.get("round")
+        for row in view.rounds
+        for reply in _list(row.get("replies"))
+        if isinstance(reply, Mapping)
+    }
+    rows = [("client", "last update", "state")]
+    for row in clients[:SHOWN_NAMES]:
+        problem = f": {row['problem']}" if row.get("problem") else ""
+        number = taken.get(row.get("client"))
+        last = text.DASH if number is None else f"round {number}"
+        rows.append((str(row.get("client")), last, f"{row.get('state', text.DASH)}{problem}"))
+    lines = ["", *_table(rows, right=())]
+    if len(clients) > SHOWN_NAMES:
+        lines.append(f"  and {len(clients) - SHOWN_NAMES} more")
     return lines
 
 
@@ -176,11 +177,6 @@ def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _names(names: Sequence[str]) -> str:
-    hidden = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {hidden} more" if hidden > 0 else "")
-
-
 def _duration(seconds: float) -> str:
     """`42 s`, `3:07`, `2:03:07`."""
     whole = int(max(0.0, seconds))
@@ -189,15 +185,6 @@ def _duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _ago(seen: object, now: float) -> str:
-    value = _number(seen)
-    if value is None:
-        return str(seen) if isinstance(seen, str) and seen else text.DASH
-    if now - value < 86400:
-        return f"{_duration(now - value)} ago"
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
 
 
 def _number(value: object) -> float | None:

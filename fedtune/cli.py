@@ -31,7 +31,8 @@ DEPLOYMENT = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (doctor found a fault) or 2 (a one-line error)."""
     try:
-        args = _parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        args = _parser(words[0] if words else "").parse_args(words)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except FedtuneError as error:
@@ -46,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See {self.prog} --help.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str) -> argparse.ArgumentParser:
+    """All commands; those of a deployment have flags only where they are `asked` for."""
     parser = _Parser(prog="fedtune", description="Federated fine-tuning of language models.")
     parser.add_argument("--version", action="version", version=f"fedtune {version('fedtune')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
@@ -66,9 +68,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add(commands, "doctor", _doctor, "Check this machine and its packages.")
     for name, (home, suffix, help) in DEPLOYMENT.items():
-        module = import_module(f"fedtune.deploy.{home}")
-        command = _add(commands, name, getattr(module, f"run{suffix}"), help)
-        getattr(module, f"add{suffix}_arguments")(command)
+        command = _add(commands, name, _doctor, help)
+        if name == asked:
+            module = import_module(f"fedtune.deploy.{home}")
+            command.set_defaults(command=getattr(module, f"run{suffix}"))
+            getattr(module, f"add{suffix}_arguments")(command)
     return parser
 
 

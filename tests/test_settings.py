@@ -118,7 +118,7 @@ def test_yaml_null_lists_mappings_and_booleans(recipe):
         ("text_column: [a]", "expects text or null"),
         ("peft_method: lorra", "Did you mean lora?"),
         ("lr_scheduler_type: cosin", "Did you mean cosine?"),
-        ("engine: 3", "expects one of inline, ray; received 3"),
+        ("engine: 3", "expects one of inline, ray, flower; received 3"),
     ],
 )
 def test_yaml_of_the_wrong_type(recipe, line, expected):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["copy_into", "is_sharded", "whole"]
+__all__ = ["copy_into", "is_sharded", "local_part", "whole"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -20,6 +20,11 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of it gathered from its mesh."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the part of it that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_into(live: Tensor, value: Tensor) -> None:

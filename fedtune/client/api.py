@@ -215,6 +215,7 @@ class _Client:
                 self._manifest = manifest
                 return replies.set_up(client)
             case messages.TRAIN:
+                self._hold_to_plan(RoundTask.of(content))
                 params = replies.global_of(content)
                 check(params, self._manifest or _manifest_of(params))
                 self._next = request
@@ -223,6 +224,17 @@ class _Client:
                 self._reason = str(config_of(content).get("reason", "done"))
                 return replies.finished(client)
         raise RoundError(f"{client}: expected a round, received {request.kind!r}.")
+
+    def _hold_to_plan(self, task: RoundTask) -> None:
+        """The site's limits were held against the plan; no round may ask for more."""
+        plan = self._plan
+        planned = 1 <= task.round <= plan.num_rounds
+        if not planned or (task.steps, task.epochs) != (plan.steps, plan.epochs):
+            raise RoundError(
+                f"{plan.client}: expected a round of {plan.num_rounds} with {plan.steps} steps, "
+                f"{plan.epochs:g} epochs as planned, received round {task.round} with {task.steps} "
+                f"steps, {task.epochs:g} epochs. Submit a new run."
+            )
 
 
 _client: _Client | None = None

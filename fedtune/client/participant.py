@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 
 from fedtune.adapters import Manifest, collect, collect_static, describe, load_static
 from fedtune.adapters import load as load_params
-from fedtune.adapters.sharded import is_sharded
+from fedtune.adapters.sharded import is_sharded, local_part
 from fedtune.client import replies
 from fedtune.client.checkpoints import Mark, find_checkpoint, mark_checkpoint
 from fedtune.client.counter import BatchCounter, held_out
@@ -46,7 +46,7 @@ __all__ = ["Options", "Participant"]
 
 log = logging.getLogger(__name__)
 
-STATIC, REFERENCE = "static.safetensors", "reference.safetensors"  # in the run's folder
+STATIC = "static.safetensors"  # in the run's folder
 FAILED = "failed"  # how the reason of a run that has failed begins
 
 
@@ -216,7 +216,10 @@ class Participant:
         if self._options.restart_lr:
             self.trainer.lr_scheduler.last_epoch = -1  # type: ignore[union-attr]
             self.trainer.lr_scheduler.step()  # type: ignore[union-attr]
-        if self._options.reset_optimizer or not self._task.carry:
+        spoiled = self._optimizer_is_spoiled()
+        if spoiled:
+            self._say("the optimizer's state is not finite; it begins anew", warn=True)
+        if self._options.reset_optimizer or not self._task.carry or spoiled:
             self.trainer.optimizer.state.clear()  # type: ignore[union-attr]
         if not self._task.carry:
             set_seed(derive_seed(self._task.seed, self.plan.client, self._task.round))
@@ -405,7 +408,7 @@ class Participant:
 
     def _load_saved_static(self) -> None:
         """A script that is started again is not set up again."""
-        static = self._saved(STATIC)
+        static = self._saved(self._folder / STATIC)
         if static:
             load_static(model_of(self.trainer), static, self._built)
 
@@ -478,6 +481,21 @@ class Participant:
             and args.eval_delay <= (state.epoch or 0)
         )
 
+    def _optimizer_is_spoiled(self) -> bool:
+        """Whether NaN or Inf is left in it, on any process, by a gradient that was none.
+
+        Good parameters from the server would not cure that: the next step spoils them again.
+        """
+        states = self.trainer.optimizer.state.values()  # type: ignore[union-attr]
+        tensors = [value for state in states for value in state.values()]
+        bad = any(
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and not bool(local_part(value).isfinite().all())
+            for value in tensors
+        )
+        return bool(self._ranks.total([float(bad)])[0])
+
     # Parameters and places.
 
     def _load(self, params: dict[str, Tensor]) -> None:
@@ -491,9 +509,10 @@ class Participant:
         if round_number == 0:
             params = replies.global_of(content)
             if self._ranks.first:
-                write_bytes(self._folder / REFERENCE, save(params))
+                self._reference.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(self._reference, save(params))
         else:
-            params = self._saved(REFERENCE)
+            params = self._saved(self._reference)
         if not params:
             raise RoundError(
                 f"{self.plan.client}: expected the run's first parameters for the adapter `ref`, "
@@ -502,9 +521,14 @@ class Participant:
             )
         load_params(model, params, self._built, adapter_name="ref")
 
-    def _saved(self, name: str) -> dict[str, Tensor]:
-        """Tensors kept in the run's folder, which only rank 0 may have; empty for none."""
-        file = self._folder / name
+    @property
+    def _reference(self) -> Path:
+        """Beside the checkpoints: a run that was stopped goes on in another folder."""
+        name = f"fedtune_reference-{self.plan.run}.safetensors"
+        return Path(str(self.trainer.args.output_dir)) / name
+
+    def _saved(self, file: Path) -> dict[str, Tensor]:
+        """Tensors kept in a file, which only rank 0 may have; empty for none."""
         data = self._ranks.share(file.read_bytes() if self._ranks.first and file.is_file() else b"")
         return load(data) if data else {}
 

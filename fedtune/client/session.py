@@ -36,7 +36,7 @@ __all__ = ["PING", "Request", "Session"]
 
 log = logging.getLogger(__name__)
 
-PING = "ping"
+PING, TRAIN = "ping", "train"
 KEPT_REPLIES = 6  # plan, setup and two rounds
 BEAT_S = 20.0  # how often a wait gives a sign of life
 SILENCE_S = 60.0  # a peer that is there moves at least one byte in this time
@@ -54,6 +54,7 @@ class Request:
         self._settle = settle
         self._done = threading.Event()
         self._answer = b""
+        self.taken = False
 
     @property
     def answered(self) -> bool:
@@ -127,10 +128,15 @@ class Session:
                     "and the site is connected; then start fedtune join again."
                 )
             try:
-                return self._queue.get(timeout=min(left, BEAT_S))
+                request = self._queue.get(timeout=min(left, BEAT_S))
             except queue.Empty:
                 if beat is not None:
                     beat()
+                continue
+            with self._changed:
+                request.taken = not request.answered
+            if request.taken:
+                return request
 
     def say(self, state: str, **more: str | int | float) -> None:
         """Tell people and pings what the trainer is doing."""
@@ -235,9 +241,16 @@ class Session:
             if request is None:
                 if self._over:
                     return encode(frame.kind, error=self._over)
+                if frame.kind == TRAIN:  # those before it have expired, or it would not be asked
+                    self._supersede()
                 request = self._requests[key] = Request(frame, key, self._settle)
                 self._queue.put(request)
         return request.wait()
+
+    def _supersede(self) -> None:
+        for older in list(self._requests.values()):
+            if older.kind == TRAIN and not older.taken:
+                older.fail("a later round was asked for")
 
     def _settle(self, request: Request, answer: bytes, keep: bool) -> None:
         with self._changed:

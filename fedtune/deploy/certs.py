@@ -93,7 +93,9 @@ class SiteFolder:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `fedtune certs`."""
     parser.add_argument("directory", type=Path, metavar="DIR", help="one folder per role goes here")
-    parser.add_argument("--sites", required=True, metavar="A,B", help="names of the sites")
+    parser.add_argument(
+        "--sites", default="", metavar="A,B", help="names of new sites; needed the first time"
+    )
     parser.add_argument(
         "--host",
         nargs="+",
@@ -132,7 +134,8 @@ def make_certs(
     Raises:
         ConfigError: a name or `days` is unfit, or `directory` holds half of an earlier set.
     """
-    _check_sites(sites)
+    if sites or not (directory / "server").is_dir():
+        _check_sites(sites)
     wanted = [_check_host(host) for host in hosts]
     if not 1 <= days <= MAX_DAYS:
         raise ConfigError(f"--days: expected 1 to {MAX_DAYS}, received {days}.")

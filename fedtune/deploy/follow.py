@@ -17,6 +17,8 @@ __all__ = ["follow"]
 
 POLL_S = 0.2
 ALIVE_S = 20.0  # asking Flower costs a second of CPU
+AGAIN_S = 2.0
+DOUBTS = 3
 
 
 def follow(
@@ -33,6 +35,7 @@ def follow(
     """
     shown, asked = "", time.monotonic()
     known: set[str] = set()
+    doubts = 0
     with Progress(num_rounds, "rounds") as progress:
         if earlier := len(_rounds(directory)):  # of a run that is resumed
             progress.advance(earlier)
@@ -47,14 +50,17 @@ def follow(
                 return
             if state.get("state") in ("failed", "stopped"):
                 raise RoundError(f"{state['error']}")
-            if time.monotonic() - asked > ALIVE_S:
+            if time.monotonic() - asked > (AGAIN_S if doubts else ALIVE_S):
                 asked = time.monotonic()
                 reason = problem()
-                # what it wrote last may have come after the last look
-                if reason and _read(directory / FEDERATION, since) == state:
+                # a busy machine may fail to answer once; and what the server wrote last may have
+                # come after the last look
+                same = _read(directory / FEDERATION, since) == state
+                doubts = doubts + 1 if reason and same else 0
+                if doubts == DOUBTS:
                     raise RoundError(
                         f"the server ended in round {len(rounds) + 1} without a word "
-                        f"({reason.rstrip('.')}); "
+                        f"({str(reason).rstrip('.')}); "
                         f"the last good adapter is in {directory}. Continue with --resume."
                     )
             time.sleep(POLL_S)

@@ -138,7 +138,8 @@ def _shown(link: Connection, run: str | None) -> str:
 def _stop(link: Connection, run: str | None, *, now: bool) -> None:
     """Between rounds where the run looks for that, which ends the sites' training in order."""
     state = _to_stop(list_runs(link), run)
-    if not now and state.output_dir is not None and _rounds(state.output_dir):
+    if not now and _federation(state.output_dir).get("state") == "running":
+        assert state.output_dir is not None
         (state.output_dir / STOP).touch()
         print(f"run {state.id}: ends after the current round; --now ends it at once")
     else:

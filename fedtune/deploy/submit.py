@@ -24,6 +24,7 @@ from fedtune.config import (
 from fedtune.deploy.bundle import APP
 from fedtune.deploy.connection import Address, Connection, remember_run
 from fedtune.deploy.follow import follow
+from fedtune.deploy.runs import list_runs
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_json
 from fedtune.output import check_output_dir, prepare_output_dir
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     check_output_dir(**output)
     with Connection(address, tls=args.tls) as link:
         link.probe()
+        _check_idle(link, args.output_dir.absolute())
         directory = prepare_output_dir(**output).absolute()
         submission = Submission(
             run=_run_id(directory, args.resume),
@@ -161,6 +163,16 @@ def _checked(args: argparse.Namespace) -> FederationArguments:
         )
     )
     return federation
+
+
+def _check_idle(link: Connection, directory: Path) -> None:
+    """Two servers in one directory would train and write every round twice."""
+    for other in list_runs(link):
+        if other.is_active and other.output_dir == directory:
+            raise ConfigError(
+                f"--output_dir: run {other.id} is still going on there. See fedtune status; "
+                "fedtune stop ends it."
+            )
 
 
 def _check_adapter(directory: str | None) -> None:

@@ -109,6 +109,11 @@ class SiteFolder:
                     f"run {plan.run}: began at this site with another plan, expected {known}, "
                     f"received {plan}. Submit a new run."
                 )
+            if folder.exit_status is not None:
+                raise SiteError(
+                    f"run {plan.run}: the site's script has ended with status {folder.exit_status} "
+                    f"({folder.end_reason}). See its trainer.log."
+                )
             folder.write_flower_run(flower_run)
             return folder
         check_plan(plan, limits)
@@ -120,6 +125,10 @@ class SiteFolder:
                     "fedtune join at the site again."
                 )
         if known is not None:
+            if folder.exit_status is None:
+                raise SiteError(
+                    f"run {plan.run}: the site's script is still ending. It is asked again."
+                )
             shutil.rmtree(folder.path)
         folder = RunFolder.create(folder.path)
         folder.write_flower_run(flower_run)

@@ -105,6 +105,25 @@ def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
         patient=run.deployed,
         on_change=run.on_clients,
     )
+    if not run.deployed:
+        return _run_all(grid, run, members)
+    state, reason = run.start, "failed"
+    try:
+        state = _run_all(grid, run, members)
+        reason = "done"
+    except RunStopped:
+        reason = "stopped"
+        raise
+    except FedtuneError as error:
+        reason = f"failed: {error}"
+        raise
+    finally:
+        state = members.state or state
+        members.finish(state.params if state else None, state.round if state else 0, reason)
+    return state
+
+
+def _run_all(grid: EagerGrid, run: ServerRun, members: Membership) -> ServerState:
     first = members.gather()
     state = run.start or _first_state(grid, first, run)
     grid.traffic = Traffic()
@@ -118,21 +137,7 @@ def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
         run_id=run.plan.run,
         ttl_s=run.plan.round_timeout_s,
     )
-    if not run.deployed:
-        return run_rounds(grid, strategy, run.plan, state, run.on_round, members)
-    reason = "failed"
-    try:
-        run_rounds(grid, strategy, run.plan, state, run.on_round, members)
-        reason = "done"
-    except RunStopped:
-        reason = "stopped"
-        raise
-    except RoundError as error:
-        reason = f"failed: {error}"
-        raise
-    finally:
-        members.finish(state.params, state.round, reason)
-    return state
+    return run_rounds(grid, strategy, run.plan, state, run.on_round, members)
 
 
 def _plan_task(plan: Plan) -> PlanTask:

@@ -97,6 +97,7 @@ def _run(grid: EagerGrid, submission: Submission, journal: Journal) -> ServerSta
         run.join_timeout_s = submission.join_timeout_s
         run.on_clients = lambda clients: journal.write(clients=clients)
         run.deployed = True
+        (directory / STOP).unlink(missing_ok=True)  # one that came too late for an earlier run
         return serve(grid, run)
 
 
@@ -112,6 +113,7 @@ def _hook(
             stop.unlink()
             if state.round == num_rounds:
                 return
+            store.save(state)
             raise RunStopped(f"stopped after round {state.round}; continue with --resume.")
 
     return on_round

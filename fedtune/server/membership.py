@@ -49,6 +49,7 @@ class _Node:
     manifest: str = ""
     problem: str = ""
     retry_at: float = 0.0
+    seen: float = 0.0
 
 
 class Membership:
@@ -78,7 +79,7 @@ class Membership:
         self._patient, self._on_change = patient, on_change
         self._shown: list[dict[str, Any]] = []
         self._nodes: dict[int, _Node] = {}
-        self._met: set[int] = set()  # were ready once, so that a trainer waits there
+        self._met: set[int] = set()  # knew the plan once, so that a trainer waits there
         self._state: ServerState | None = None
 
     @property
@@ -99,6 +100,11 @@ class Membership:
         """Wait until enough nodes know the plan; returns the one that the run starts from."""
         return self._wait("planned")[0]
 
+    @property
+    def state(self) -> ServerState | None:
+        """The state that nodes are set up with, once there is one."""
+        return self._state
+
     def admit(self, state: ServerState) -> None:
         """From now on nodes with this state's adapter are set up."""
         self._state = state
@@ -117,15 +123,21 @@ class Membership:
             for number in nodes:
                 self._nodes.pop(number, None)
 
-    def finish(self, params: Mapping[str, Tensor], round_number: int, reason: str) -> None:
-        """Tell all that were ready once that the run is over, refused ones too; wait not long."""
+    def finish(self, params: Mapping[str, Tensor] | None, round_number: int, reason: str) -> None:
+        """Tell all that ever knew the plan that the run is over, refused ones too; wait not long.
+
+        Without `params` they keep what they have.
+        """
         goodbye = ConfigRecord({"run": self._plan.run, "round": round_number, "reason": reason})
         content = pack(arrays=params, config=goodbye)
-        there = self._met.intersection(self._grid.get_node_ids())
-        messages = [Message(content, node, FINISH) for node in sorted(there)]
-        for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
-            if reply.has_error():
-                log.warning("finish: %s", one_line(reply.error.reason))
+        try:
+            there = self._met.intersection(self._grid.get_node_ids())
+            messages = [Message(content, node, FINISH) for node in sorted(there)]
+            for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
+                if reply.has_error():
+                    log.warning("finish: %s", one_line(reply.error.reason))
+        except Exception as error:  # whatever ended the run must not be hidden by its goodbye
+            log.warning("finish: sites were not told (%s: %s)", type(error).__name__, error)
 
     def _at(self, stage: Stage) -> list[Member]:
         found = [node.member for node in self._nodes.values() if node.stage == stage]
@@ -185,12 +197,18 @@ class Membership:
             config = {"run": self._plan.run, "manifest": self._state.manifest.to_json()}
             content = pack(arrays=self._state.static, config=config)
             self._push(node, Message(content, number, SETUP))
+        elif node.stage == "ready" and not node.pending and self._is_lonely(node):
+            self._push(node, Message(pack(config=self._plan.record()), number, PLAN))
+
+    def _is_lonely(self, node: _Node) -> bool:
+        """A site that is not sampled for long would give the run up for lost."""
+        return self._patient and time.monotonic() - node.seen > self._plan.idle_timeout_s / 4
 
     def _push(self, node: _Node, message: Message) -> None:
         (node.pending,) = self._grid.push([message])
 
     def _take(self, number: int, node: _Node, reply: Message) -> None:
-        node.pending = ""
+        node.pending, node.seen = "", time.monotonic()
         if reply.has_error():
             self._refuse(number, node, one_line(reply.error.reason))
         elif node.stage == "asked":
@@ -202,13 +220,13 @@ class Membership:
                 return
             node.member = Member(number, name, bool(config["evaluates"]))
             node.manifest, node.stage, node.problem = str(config["manifest"]), "planned", ""
+            self._met.add(number)
         elif self._state is not None:
             problem = _other_adapter(node, self._state.manifest)
             if problem:
                 self._refuse(number, node, problem)
             else:
                 node.stage = "ready"
-                self._met.add(number)
 
     def _others(self, number: int) -> list[_Node]:
         return [node for key, node in self._nodes.items() if key != number]

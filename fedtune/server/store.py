@@ -62,6 +62,10 @@ class RunStore:
         if state.round % self._save_every_rounds == 0 or state.round == self._num_rounds:
             checkpoint.save(self._checkpoints, state)
 
+    def save(self, state: ServerState) -> None:
+        """Make this round durable, whatever `save_every_rounds` says."""
+        checkpoint.save(self._checkpoints, state)
+
     def export(self, directory: Path, params: dict[str, Tensor], state: ServerState) -> None:
         """Write a PEFT (or full-model) checkpoint."""
         export_adapter(directory, params, state.static, state.manifest)

@@ -72,7 +72,8 @@ def build_method(
     if len(names) == 1:
         method: Method = built[strategy]
         return method
-    members = {MEMBERS[str(METHODS[name].properties.axis)]: built[name] for name in names}
+    members = dict.fromkeys(MEMBERS.values(), FedAvg(weight_by=weight_by))  # type: ignore[arg-type]
+    members |= {MEMBERS[str(METHODS[name].properties.axis)]: built[name] for name in names}
     return Combined(weight_by=weight_by, **members)  # type: ignore[arg-type]
 
 

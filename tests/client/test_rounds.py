@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 import fedtune
 from fedtune.adapters import collect, describe
@@ -318,3 +319,31 @@ def test_torch_is_left_alone_before_the_first_round(run: RunFolder, tmp_path: Pa
     assert torch.equal(torch.random.get_rng_state(), state)
     assert trainer.args.max_steps == 21
     fedtune.unpatch(trainer)
+
+
+def test_a_single_bad_gradient_does_not_spoil_the_rounds_after_it(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    """NaN stays in Adam's moments: good parameters alone would be spoiled again at once."""
+
+    class OnceNaN(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step == 1:
+                for parameter in self.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.fill_(float("nan"))
+            return loss
+
+    def refuse_what_is_not_finite(server: Server) -> None:
+        params = server.begin()
+        for number in range(1, 4):
+            found = server.train(number, params)
+            if all(bool(tensor.isfinite().all()) for tensor in found.values()):
+                params = found
+                finite.append(number)
+        server.finish(params, 3)
+
+    finite: list[int] = []
+    patched(tmp_path, Server(run, refuse_what_is_not_finite), cls=OnceNaN)
+    assert finite == [2, 3]

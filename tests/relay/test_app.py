@@ -125,6 +125,21 @@ def test_a_continued_run_starts_a_script_that_has_ended(site: SiteFolder, begun:
     assert site.run("7").exit_status is None
 
 
+def test_a_script_that_is_still_ending_keeps_its_folder(site: SiteFolder, begun: RunFolder) -> None:
+    begun.write_progress(Progress(3, finished=True))
+    with pytest.raises(SiteError, match="script is still ending. It is asked again"):
+        plan(flower_run=2)
+    assert site.run("7").progress.finished
+
+
+def test_kept_replies_do_not_speak_for_a_script_that_has_ended(begun: RunFolder) -> None:
+    with trainer(begun):
+        plan()
+    begun.write_exit_status(1, "it crashed")
+    with pytest.raises(SiteError, match="has ended with status 1"):
+        plan()
+
+
 def test_the_same_run_with_another_plan(begun: RunFolder) -> None:
     with pytest.raises(SiteError, match="with another plan"):
         plan(num_rounds=4)

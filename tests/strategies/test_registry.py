@@ -135,3 +135,11 @@ def test_a_setting_of_two_members_needs_its_method() -> None:
         METHODS["fedavgm"](weight_by="uniform", beta=0.7),  # type: ignore[call-arg]
     )
     assert "given twice" in message("fedavgm", {"beta": 0.1, "fedavgm.beta": 0.2})
+
+
+@pytest.mark.parametrize("strategy", ["fedprox+fedadam", "fedprox+median", "median+fedadam"])
+def test_weights_are_those_asked_for_whatever_is_joined(strategy: str) -> None:
+    stats = stats_of(3)
+    for by, expected in (("uniform", 1.0), ("tokens", float(stats.num_tokens))):
+        method = build_method(strategy, weight_by=by, settings={})
+        assert method.share(stats) == expected

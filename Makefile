@@ -25,8 +25,8 @@ demo: $(VENV)/.base ## federated LoRA against centralized and local training, wi
 test: $(VENV)/.dev ## the tests, without the slow ones
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.dev ## all tests
-	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST)
+test-slow: $(VENV)/.dev ## the slow tests: deployments, kills, long runs
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) --dist loadfile -m slow
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(VENV)/bin/ruff check

@@ -16,8 +16,8 @@ from fedtune.server.submission import FEDERATION
 __all__ = ["follow"]
 
 POLL_S = 0.2
-ALIVE_S = 20.0  # asking Flower costs a second of CPU
-AGAIN_S = 2.0
+ALIVE_S = 10.0  # asking Flower costs a second of CPU
+AGAIN_S = 0.5
 DOUBTS = 3
 
 

@@ -45,6 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     except RunStopped as stop:
         journal.write(state="stopped", error=str(stop))
         return
+    except SystemExit:  # Flower ends the process: why is for those to say who look from outside
+        raise
     except BaseException as error:
         journal.write(state="failed", error=" ".join(str(error).split()) or type(error).__name__)
         raise

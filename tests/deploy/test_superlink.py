@@ -252,7 +252,7 @@ def test_a_run_is_shown_stopped_and_its_log_printed(link, certs, app, tmp_path, 
     assert "0/3 rounds done, in round 1" in shown
     assert "2.500" in shown
     status(failed, *words)
-    assert "nobody joined" in capfd.readouterr().out
+    assert "ServerApp failed" in capfd.readouterr().out
     command(runs, "add_stop_arguments", "run_stop", *words)
     assert "ends after the current round" in capfd.readouterr().out
     assert (tmp_path / "stop").exists()

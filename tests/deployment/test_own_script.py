@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -203,7 +204,7 @@ def test_ctrl_c_ends_a_site_in_the_middle_of_a_run(
 
 
 def test_ctrl_c_of_the_flower_engine_ends_all_it_started(tmp_path: Path) -> None:
-    deployment = Deployment(tmp_path, tmp_path, tls=False)
+    deployment = Deployment(tmp_path, Path(mkdtemp(prefix="ft-")), tls=False)
     words = ["--engine", "flower", "--num_clients", "2", "--num_rounds", "100"]
     output = tmp_path / "printed"
     with output.open("w") as handle:

@@ -494,7 +494,9 @@ class Participant:
             and not bool(local_part(value).isfinite().all())
             for value in tensors
         )
-        return bool(self._ranks.total([float(bad)])[0])
+        if is_sharded(model_of(self.trainer)):  # else every process has the same state
+            bad = bool(self._ranks.total([float(bad)])[0])
+        return bad
 
     # Parameters and places.
 

@@ -244,7 +244,8 @@ def test_a_run_is_shown_stopped_and_its_log_printed(link, certs, app, tmp_path, 
         wait_for(lambda: runs.list_runs(connection)[0].status == "running")
         wait_for(lambda: not runs.look(connection, failed).shown.is_active)
         assert runs.look(connection).shown.id == run  # the active one
-    (tmp_path / "federation.json").write_text(json.dumps({"num_rounds": 3, "round": 1}))
+    state = {"state": "running", "num_rounds": 3, "round": 1}
+    (tmp_path / "federation.json").write_text(json.dumps(state))
     (tmp_path / "rounds.jsonl").write_text('{"round": 0, "eval_loss": 2.5}\n{"round": 1, "eval_l')
     capfd.readouterr()
     status(*words)

@@ -165,19 +165,44 @@ def _strategy(args: Arguments) -> str | None:
         method = strategy_of(fed)
     except ConfigError as error:
         return str(error)
-    if method.correction() is not None:
-        return (
-            f"--strategy {fed.strategy}: it corrects gradients at the clients, which no engine "
-            "does here. Use a rule or a server optimizer."
-        )
-    if method.properties.client_state and fed.client_state == "reset":
-        return f"--strategy {fed.strategy} keeps state at its clients. Use --client_state carry."
     sampled, least = sampled_clients(fed.fraction_train, fed.num_clients), method.least_updates()
     if sampled < least:
         return (
             f"--strategy {fed.strategy}: expected at least {least} clients asked in a round, "
             f"received {sampled}. Raise --num_clients or --fraction_train, or lower f in "
             "--strategy_args."
+        )
+    return None
+
+
+def _lora_rule(args: Arguments) -> str | None:
+    """Whether the rule is right for this adapter, and for these ranks."""
+    from fedtune.strategies import METHODS, strategy_of  # torch
+
+    adapter, fed = args.adapter, args.federation
+    properties = strategy_of(fed).properties
+    kind = adapter.peft_method if adapter.peft_method in LORA else "other"
+    if properties.variants is not None and kind not in properties.variants:
+        kinds = " or ".join(sorted(properties.variants & set(LORA)))
+        return (
+            f"--strategy {fed.strategy}: expected --peft_method {kinds}, received "
+            f"{adapter.peft_method}. Use fedavg."
+        )
+    if adapter.client_ranks is None:
+        return None
+    ranks = adapter.ranks or []
+    if kind == "other":
+        return f"--client_ranks needs --peft_method lora, received {adapter.peft_method}."
+    if len(ranks) != fed.num_clients or min(ranks) < 1:
+        return (
+            f"--client_ranks: expected {fed.num_clients} whole numbers >= 1, one per client, "
+            f"received {adapter.client_ranks}."
+        )
+    if len(set(ranks)) > 1 and not properties.mixed_ranks:
+        able = [name for name, method in METHODS.items() if method.properties.mixed_ranks]
+        return (
+            f"--client_ranks with --strategy {fed.strategy}: it needs equal ranks. Use "
+            f"{', '.join(able)}."
         )
     return None
 
@@ -231,6 +256,7 @@ RULES: tuple[Rule, ...] = (
     _compare,
     _track,
     _strategy,
+    _lora_rule,
     _engine,
     _output,
 )

@@ -6,7 +6,7 @@ HuggingFace's own settings (`TrainingArguments`, `SFTConfig`) are not repeated h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from fedtune.errors import ConfigError
@@ -52,12 +52,17 @@ class AdapterArguments:
         "lora", "dora", "p_tuning", "prompt_tuning", "prefix_tuning", "ia3", "none"
     ] = setting("lora", "Adapter kind; `none` trains and sends the full model.")
     lora_r: int = setting(8, "LoRA rank r.")
-    lora_alpha: int = setting(16, "LoRA alpha; the update is scaled by alpha / r.")
+    lora_alpha: float = setting(16, "LoRA alpha; the update is scaled by alpha / r.")
     lora_dropout: float = setting(0.0, "LoRA dropout.")
     lora_target_modules: str | None = setting(
         None, "Comma-separated module names, or `all-linear`. Default: PEFT's choice for the model."
     )
     use_rslora: bool = setting(False, "Rank-stabilized LoRA: scale by alpha / sqrt(r).")
+    client_ranks: str | None = setting(
+        None,
+        "LoRA rank of each client, comma-separated, in the place of --lora_r; every client keeps "
+        "the scaling that --lora_alpha and --lora_r give.",
+    )
     modules_to_save: str | None = setting(
         None, "Comma-separated modules that are trained in full and travel with the adapter."
     )
@@ -68,6 +73,19 @@ class AdapterArguments:
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = setting("MLP", "p-tuning encoder.")
     prefix_projection: bool = setting(False, "Project the prefix embeddings (prefix tuning).")
     init_adapter: str | None = setting(None, "Start from the adapter in this directory.")
+
+    @property
+    def ranks(self) -> list[int] | None:
+        """Ranks named by `--client_ranks`; raises ConfigError."""
+        return (
+            None if self.client_ranks is None else split_ints(self.client_ranks, "--client_ranks")
+        )
+
+    def at_rank(self, rank: int) -> AdapterArguments:
+        """The same adapter at another rank: alpha goes with it, so that the scaling stays."""
+        factor = rank / self.lora_r
+        alpha = self.lora_alpha * (math.sqrt(factor) if self.use_rslora else factor)
+        return replace(self, lora_r=rank, lora_alpha=alpha)
 
 
 @dataclass

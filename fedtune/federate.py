@@ -6,8 +6,11 @@ import math
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
@@ -38,12 +41,20 @@ def federate(args: Arguments, worker: Worker, directory: Path) -> tuple[ServerSt
         directory,
         num_rounds=args.federation.num_rounds,
         save_every_rounds=args.federation.save_every_rounds,
+        personal=partial(_personal, strategy_of(args.federation), worker),
     )
     if args.federation.engine == "flower":
         last = _in_processes(args, worker, directory, store)
     else:
         last = _in_this_process(args, worker, directory, store)
     return store.first(), last
+
+
+def _personal(method: Method, worker: Worker, state: ServerState) -> dict[str, dict[str, Tensor]]:
+    """What each client keeps for itself, where the method has it keep something."""
+    if all(method.travels(name) for name in state.params):
+        return {}
+    return {client: worker.personal(client, r) for client, r in state.client_rounds.items()}
 
 
 def _in_this_process(

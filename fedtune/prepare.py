@@ -53,7 +53,7 @@ def prepare(
     worker = Worker(
         build_model,
         build_trainer,
-        with_seed(args, seed),
+        _at_highest_rank(with_seed(args, seed)),
         dict(zip(silos.names, silos.train, strict=True)),
         silos.evaluation,
         work_dir,
@@ -78,6 +78,14 @@ def with_seed(args: Arguments, seed: int) -> Arguments:
     seeded.training = copy.deepcopy(args.training)
     seeded.training.seed = seeded.training.data_seed = seed
     return seeded
+
+
+def _at_highest_rank(args: Arguments) -> Arguments:
+    """The clients of one process share one live adapter; lower ranks live in it padded."""
+    ranks = args.adapter.ranks
+    if ranks is not None:
+        args.adapter = args.adapter.at_rank(max(ranks))
+    return args
 
 
 def _check_init_adapter(directory: str, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedtune.client.patch import patch
@@ -26,12 +27,20 @@ def take_part(
     worker = Worker(
         build_model,
         build_trainer,
-        with_seed(args, plan.seed),
-        train,
+        _at_own_rank(with_seed(args, plan.seed), list(train).index(plan.client)),
+        {plan.client: train[plan.client]},
         silos.evaluation,
         Path(folder.path) / "work",
     )
     patch(worker.trainer(plan.client)).train()
+
+
+def _at_own_rank(args: Arguments, index: int) -> Arguments:
+    """The settings with the rank that `--client_ranks` gives this client."""
+    ranks = args.adapter.ranks
+    if ranks is not None:
+        args.adapter = replace(args.adapter.at_rank(ranks[index]), client_ranks=None)
+    return args
 
 
 def _check_name(plan: SitePlan, names: list[str]) -> None:

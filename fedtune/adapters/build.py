@@ -58,7 +58,7 @@ def build_peft_config(adapter: AdapterArguments, task_type: str) -> PeftConfig |
         case "lora" | "dora":
             return LoraConfig(
                 r=adapter.lora_r,
-                lora_alpha=adapter.lora_alpha,
+                lora_alpha=_whole(adapter.lora_alpha),
                 lora_dropout=adapter.lora_dropout,
                 target_modules=_target_modules(adapter.lora_target_modules),
                 use_rslora=adapter.use_rslora,
@@ -171,6 +171,11 @@ def seeded(seed: int) -> Iterator[None]:
 def _target_modules(text: str | None) -> str | list[str] | None:
     names = split_names(text)
     return "all-linear" if names == ["all-linear"] else names or None
+
+
+def _whole(alpha: float) -> int:
+    """As PEFT writes it into its config: an int where it is one (it computes with both)."""
+    return int(alpha) if float(alpha).is_integer() else alpha  # type: ignore[return-value]
 
 
 def _embedded_model() -> str:

@@ -28,6 +28,7 @@ from fedtune.files import replace_directory, write_text
 __all__ = ["export_adapter", "load_exported", "load_init_adapter", "params_from_peft_dir"]
 
 MANIFEST = "fedtune_manifest.json"
+CLIENTS = "clients"
 PARAMS = "fedtune_params.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -48,30 +49,46 @@ DECISIVE = (
 
 
 def export_adapter(
-    directory: Path | str, params: Params, static: Params, manifest: Manifest
+    directory: Path | str,
+    params: Params,
+    static: Params,
+    manifest: Manifest,
+    *,
+    clients: Mapping[str, Params] | None = None,
 ) -> None:
     """Replace `directory` by a checkpoint that `from_pretrained` loads and fedtune can continue.
+
+    `clients`: parameters of those that have an adapter of their own, written to `clients/<name>`.
 
     Raises:
         ManifestError: the parameters are not those of the manifest.
         ConfigError: `directory` holds something that is no checkpoint, so it is not replaced.
     """
-    check(params, manifest)
+    own = clients or {}
+    for tensors in (params, *own.values()):
+        check(tensors, manifest)
     check(static, manifest, static=True)
     directory = Path(directory)
     _refuse_foreign(directory)
-    tensors = {**static, **params}
     with replace_directory(directory) as fresh:
-        write_text(fresh / MANIFEST, manifest.to_json() + "\n")
-        if manifest.peft_type == FULL:
-            _write_json(fresh / HF_CONFIG, manifest.config)
-            save_torch_state_dict(tensors, fresh, metadata={"format": "pt"})
-        else:
-            config = {**manifest.adapter_config, "inference_mode": True}
-            _write_json(fresh / PEFT_CONFIG, config)
-            state = peft_state(params, static, manifest)
-            save_file(state, fresh / PEFT_WEIGHTS, metadata={"format": "pt"})
-            save_file(tensors, fresh / PARAMS, metadata={"format": "pt"})
+        _write(fresh, params, static, manifest)
+        for name, tensors in own.items():
+            (fresh / CLIENTS / name).mkdir(parents=True)
+            _write(fresh / CLIENTS / name, tensors, static, manifest)
+
+
+def _write(directory: Path, params: Params, static: Params, manifest: Manifest) -> None:
+    tensors = {**static, **params}
+    write_text(directory / MANIFEST, manifest.to_json() + "\n")
+    if manifest.peft_type == FULL:
+        _write_json(directory / HF_CONFIG, manifest.config)
+        save_torch_state_dict(tensors, directory, metadata={"format": "pt"})
+    else:
+        config = {**manifest.adapter_config, "inference_mode": True}
+        _write_json(directory / PEFT_CONFIG, config)
+        state = peft_state(params, static, manifest)
+        save_file(state, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, directory / PARAMS, metadata={"format": "pt"})
 
 
 def peft_state(params: Params, static: Params, manifest: Manifest) -> Params:

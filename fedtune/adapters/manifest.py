@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,18 @@ __all__ = ["FULL", "Entry", "Manifest", "Params", "check"]
 
 Params = dict[str, Tensor]  # canonical name -> tensor on the CPU
 
+# After a module's name: the factors of what has been added to its frozen weight.
+TERM_B, TERM_A = ".base_B", ".base_A"
 FULL = "FULL"  # peft_type of a model that is trained without an adapter
 VERSION = 1
+DIGITS = 12  # of a scaling that count: alpha / sqrt(r) times sqrt(r) is alpha up to rounding
 
 # Keys of a PEFT config that differ between sites without changing what is trained.
 SITE_KEYS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 )
+# Said by shapes and scaling already, layer by layer.
+RANK_KEYS = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
 
 
 class Entry(NamedTuple):
@@ -75,10 +80,19 @@ class Manifest:
 
         Unset options are left out too, so that a PEFT release that adds one does not split sites.
         """
-        config = {k: v for k, v in self.adapter_config.items() if v and k not in SITE_KEYS}
-        return digest(
-            [self.peft_type, self.base_hash, config, self.entries, self.static, self.scaling]
-        )
+        left_out = SITE_KEYS | (RANK_KEYS if self.scaling else frozenset())
+        config = {k: v for k, v in self.adapter_config.items() if v and k not in left_out}
+        scaling = {name: f"{value:.{DIGITS}g}" for name, value in self.scaling.items()}
+        return digest([self.peft_type, self.base_hash, config, self.entries, self.static, scaling])
+
+    def frozen(self, names: Iterable[str]) -> Manifest:
+        """The same adapter with these tensors sent once instead of trained; others are ignored."""
+        moved = {name: self.entries[name] for name in names if name in self.entries}
+        if not moved:
+            return self
+        trained = {name: entry for name, entry in self.entries.items() if name not in moved}
+        static = dict(sorted({**self.static, **moved}.items()))
+        return replace(self, entries=trained, static=static)
 
     def objection_to(self, built: Manifest) -> str:
         """Why `built` is not this adapter, in one line; empty when it is."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fedtune.adapters.base_terms import set_base_terms
 from fedtune.adapters.manifest import Entry, Manifest, Params, check
 from fedtune.adapters.names import receivers, static_tensors, trainable_tensors
 from fedtune.adapters.sharded import copy_into, whole
@@ -40,11 +41,13 @@ def load(
     manifest: Manifest,
     *,
     static: Params | None = None,
+    base: Params | None = None,
     adapter_name: str = "default",
 ) -> None:
     """Copy `params` (and `static`) into the live tensors, cast to their dtype and device.
 
-    The Parameter objects stay the same, so an optimizer over them stays valid.
+    The Parameter objects stay the same, so an optimizer over them stays valid. `base`: what has
+    been added to the base (`base_terms.py`); earlier terms are dropped, whether or not some follow.
 
     Raises:
         ManifestError: something differs from the manifest, or the model from both; nothing is
@@ -53,6 +56,8 @@ def load(
     check(params, manifest)
     if static is not None:
         check(static, manifest, static=True)
+    _check_live(model, {**params, **(static or {})}, adapter_name)
+    set_base_terms(model, base or {})
     _copy(model, {**params, **(static or {})}, adapter_name)
 
 
@@ -61,6 +66,7 @@ def load_static(
 ) -> None:
     """Copy only the static tensors into the live ones; same rules as `load`."""
     check(static, manifest, static=True)
+    _check_live(model, static, adapter_name)
     _copy(model, static, adapter_name)
 
 
@@ -72,7 +78,7 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _copy(model: nn.Module, params: Params, adapter_name: str) -> None:
+def _check_live(model: nn.Module, params: Params, adapter_name: str) -> None:
     live = receivers(model, adapter_name)
     for name, tensor in params.items():
         expected = None if name not in live else tuple(live[name].shape)
@@ -81,5 +87,9 @@ def _copy(model: nn.Module, params: Params, adapter_name: str) -> None:
                 f"`{name}`: this model has {expected or 'no such tensor'}, received "
                 f"{Entry.of(tensor)}. Build the model with the adapter that the manifest describes."
             )
+
+
+def _copy(model: nn.Module, params: Params, adapter_name: str) -> None:
+    live = receivers(model, adapter_name)
     for name, tensor in params.items():
         copy_into(live[name], tensor)

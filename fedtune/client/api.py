@@ -24,7 +24,7 @@ from fedtune.client.session import Request, Session
 from fedtune.errors import ConfigError, FedtuneError, ManifestError, RoundError
 from fedtune.relay.folder import ENVIRONMENT, RunFolder, SitePlan
 from fedtune.transport import messages
-from fedtune.transport.messages import RoundTask
+from fedtune.transport.messages import BASE, RoundTask
 from fedtune.transport.records import config_of
 
 __all__ = ["GlobalUpdate", "init", "is_running", "receive", "send"]
@@ -169,14 +169,14 @@ class _Client:
         self._started = time.perf_counter()
         self.session.say("training", round=task.round)
         config = dict(config_of(content))
-        return GlobalUpdate(replies.global_of(content), task.round, task.num_rounds, config)
+        return GlobalUpdate(messages.arrays_of(content), task.round, task.num_rounds, config)
 
     def send(self, params: dict[str, Tensor], num_examples: int, metrics: dict[str, float]) -> None:
         if self._round is None:
             raise RoundError("send: expected a received round, received none. Call receive first.")
         task = RoundTask.of(self._round.content)
         params = {name: params[name].detach().cpu() for name in sorted(params)}
-        check(params, _manifest_of(replies.global_of(self._round.content)))
+        check(params, _manifest_of(messages.arrays_of(self._round.content)))
         result = replies.LocalResult(
             params=params,
             num_examples=num_examples,
@@ -215,8 +215,10 @@ class _Client:
                 self._manifest = manifest
                 return replies.set_up(client)
             case messages.TRAIN:
-                self._hold_to_plan(RoundTask.of(content))
-                params = replies.global_of(content)
+                task = RoundTask.of(content)
+                self._hold_to_plan(task)
+                _refuse_more(task, content)
+                params = messages.arrays_of(content)
                 check(params, self._manifest or _manifest_of(params))
                 self._next = request
                 return None
@@ -235,6 +237,16 @@ class _Client:
                 f"{plan.epochs:g} epochs as planned, received round {task.round} with {task.steps} "
                 f"steps, {task.epochs:g} epochs. Submit a new run."
             )
+
+
+def _refuse_more(task: RoundTask, content: RecordDict) -> None:
+    """A script of its own gets parameters and returns parameters."""
+    if task.frozen or task.personal or task.correction or BASE in content:
+        raise RoundError(
+            "receive: expected a method that needs nothing but parameters, received one that "
+            "freezes, keeps, corrects or adds to the base at the client. Use fedtune.patch with a "
+            "Trainer, or submit the run with --strategy fedavg."
+        )
 
 
 _client: _Client | None = None

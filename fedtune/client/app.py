@@ -8,8 +8,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.client import replies
+from fedtune.client.replies import Sent
 from fedtune.client.worker import Worker
-from fedtune.transport.messages import RoundTask
+from fedtune.transport.messages import EvaluateTask, RoundTask, arrays_of
 
 __all__ = ["client_app"]
 
@@ -26,8 +27,8 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
         worker, name = get_worker(), name_of(context)
         content = replies.planned(
             name,
-            evaluates=name == worker.evaluator,
-            manifest=worker.manifest,
+            evaluates=True,
+            manifest=worker.manifest_of(name),
             rows=len(worker.train[name]),
         )
         return Message(content, reply_to=message)
@@ -39,22 +40,23 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
 
     @app.query("setup")
     def setup(message: Message, context: Context) -> Message:
-        manifest = replies.manifest_of(message.content)
-        get_worker().set_up(manifest, replies.global_of(message.content))
+        manifest, static = replies.manifest_of(message.content), arrays_of(message.content)
+        get_worker().set_up(name_of(context), manifest, static)
         return Message(replies.set_up(name_of(context)), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         name, task = name_of(context), RoundTask.of(message.content)
-        result = get_worker().train_round(name, task, replies.global_of(message.content))
+        result = get_worker().train_round(name, task, Sent.of(message.content))
         return Message(replies.trained(name, task, result), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        metrics, rows = get_worker().evaluate(replies.global_of(message.content))
+        name, task = name_of(context), EvaluateTask.of(message.content)
+        metrics, rows = get_worker().evaluate(name, task, Sent.of(message.content))
         content = replies.evaluated(
-            name_of(context),
-            replies.round_of(message.content),
+            name,
+            task.round,
             metrics,
             num_examples=rows.examples,
             num_tokens=rows.tokens,

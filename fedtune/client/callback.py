@@ -72,6 +72,13 @@ class FedTuneCallback(TrainerCallback):
         if self.participant is not None:
             self.participant.on_step_begin(state, control)
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add what the server's method adds to the gradients, after clipping."""
+        if self.participant is not None:
+            self.participant.on_pre_optimizer_step()
+
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

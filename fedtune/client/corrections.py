@@ -15,13 +15,10 @@ loss scaler of fp16 does not promise that, bf16 does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from fedtune.adapters.names import trainable_tensors
 from fedtune.errors import ConfigError
@@ -29,15 +26,10 @@ from fedtune.strategies.base import Correction
 
 __all__ = [
     "ControlVariates",
-    "CorrectionCallback",
     "GradientCorrection",
     "ProximalTerm",
     "make_correction",
-    "read_control",
-    "write_control",
 ]
-
-CONTROL_FILE = "control.safetensors"
 
 
 class GradientCorrection(Protocol):
@@ -113,13 +105,14 @@ class ControlVariates:
                 parameter.grad.copy_(gradient + shift)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """c_k+ and c_k+ - c_k, on the CPU; what was not trained in this round keeps its c_k."""
+        """c_k+, and c_k+ - c_k of what was trained, on the CPU; the rest keeps its c_k."""
         own = {name: value.cpu() for name, value in self._own.items()}
         if self._steps:
             own |= {name: (total / self._steps).cpu() for name, total in self._sums.items()}
         change = {
-            name: value - self._own[name].to(value) if name in self._own else value
-            for name, value in own.items()
+            name: own[name] - self._own[name].to(own[name]) if name in self._own else own[name]
+            for name in self._sums
+            if name in own
         }
         return own, change
 
@@ -136,44 +129,6 @@ def make_correction(
         f"correction: expected fedprox or scaffold, received {wanted.name!r}. Use the same fedtune "
         "release everywhere."
     )
-
-
-class CorrectionCallback(TrainerCallback):
-    """Runs a correction in a Trainer; add it after what loads the global parameters."""
-
-    def __init__(self, correction: GradientCorrection) -> None:
-        self._correction = correction
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every `train()` is one round here."""
-        if args.fp16 and isinstance(self._correction, ControlVariates):
-            raise ConfigError(
-                "--strategy scaffold: expected every step to be taken, received --fp16, whose loss "
-                "scaler leaves some out. Use --bf16."
-            )
-        self._correction.begin(kwargs["model"])
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After clipping, before the optimizer."""
-        self._correction.apply()
-
-
-def read_control(directory: Path | None) -> dict[str, Tensor]:
-    """A client's c_k from the directory of one of its rounds; empty, so zero, before the first."""
-    if directory is None:
-        return {}
-    file = directory / CONTROL_FILE
-    if not file.is_file():
-        raise ConfigError(
-            f"client state: expected {CONTROL_FILE} in {directory}, found none: that round was not "
-            "trained with scaffold. Start again with --overwrite."
-        )
-    return load_file(file)
-
-
-def write_control(directory: Path, own: Mapping[str, Tensor]) -> None:
-    """Keep a client's c_k with the rest of its state of a round."""
-    save_file({name: tensor.contiguous() for name, tensor in own.items()}, directory / CONTROL_FILE)
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fedtune.adapters import Manifest, collect, load
+from fedtune.adapters import Manifest, load
+from fedtune.client.client_round import ClientRound, refuse_fp16, remembers
 from fedtune.client.counter import BatchCounter
-from fedtune.client.replies import LocalResult
+from fedtune.client.memory import ClientMemory
+from fedtune.client.replies import LocalResult, Sent
 from fedtune.client.undisturbed import same_rng
 from fedtune.errors import ConfigError
 from fedtune.transport.messages import RoundTask
 
 __all__ = [
+    "MEMORY",
     "LocalResult",
     "derive_seed",
     "evaluate",
@@ -38,22 +41,24 @@ __all__ = [
     "train_round",
 ]
 
+MEMORY = "memory"  # in a client's directory: what its method keeps
 NO_QUALITY = ("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy")
 
 
 def train_round(
     trainer: Trainer,
     task: RoundTask,
-    params: dict[str, Tensor],
+    sent: Sent,
     manifest: Manifest,
     *,
     client: str,
     state_dir: Path,
 ) -> LocalResult:
-    """Train `task` from the global `params`.
+    """Train `task` from what the server has sent.
 
     `state_dir` holds what this client carries over rounds. With `task.carry` the round continues
     the state that the server last took an update from; otherwise it starts fresh, at the run's LR.
+    What the method keeps at the client continues in both cases.
     """
     started = time.perf_counter()
     steps = steps_of(trainer, task.steps, task.epochs)
@@ -72,14 +77,23 @@ def train_round(
         args.ignore_data_skip = True
         trainer.accelerator.dataloader_config.data_seed = seed  # read once, when it was built
         set_seed(seed)
-    callback = _RoundCallback(params, manifest, first_step, steps, save=task.carry)
+    refuse_fp16(task, args)
+    memory = ClientMemory(state_dir / MEMORY)
+    kept = memory.read(task.resume_round if remembers(task) else 0)
+    now = ClientRound(task, sent, kept, manifest)
+    callback = _RoundCallback(now, first_step, steps, save=task.carry)
     counter = BatchCounter(trainer)
-    with _without_weights(trainer), _callback(trainer, callback), counter:
-        output = trainer.train(
-            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-        )
+    try:
+        with _without_weights(trainer), _callback(trainer, callback), counter:
+            output = trainer.train(
+                resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+            )
+        outgoing = now.finish(model_of(trainer))
+    finally:
+        now.end()
     result = LocalResult(
-        params=collect(model_of(trainer)),
+        params=outgoing.params,
+        control_change=outgoing.control_change,
         num_examples=counter.examples,
         num_tokens=counter.tokens,
         num_steps=callback.done,
@@ -89,17 +103,19 @@ def train_round(
     # The optimizer is on disk; dropping it keeps memory at one client's optimizer.
     trainer.optimizer = None
     trainer.lr_scheduler = None
+    if outgoing.kept is not None:
+        memory.write(task.round, outgoing.kept, (*task.keep_rounds, task.resume_round))
     if task.carry:
         _keep_state(state_dir, task)
     return result
 
 
-def evaluate(trainer: Trainer, params: dict[str, Tensor], manifest: Manifest) -> dict[str, float]:
-    """Score the global `params` on the trainer's held-out set, on the live model.
+def evaluate(trainer: Trainer, sent: Sent, manifest: Manifest) -> dict[str, float]:
+    """Score parameters that the server has sent on the trainer's held-out set, on the live model.
 
     The RNG is put back, so that evaluating does not change the training that follows.
     """
-    load(model_of(trainer), params, manifest)
+    load(model_of(trainer), sent.params, manifest, base=sent.base)
     with same_rng():
         metrics = trainer.evaluate()
     return quality_metrics(metrics)
@@ -131,26 +147,24 @@ def derive_seed(seed: int, client: str, round_number: int) -> int:
 
 
 class _RoundCallback(TrainerCallback):
-    """Loads the global parameters when training starts; stops and saves at the round's end."""
+    """Begins the round when training starts; stops and saves at the round's end."""
 
-    def __init__(
-        self,
-        params: dict[str, Tensor],
-        manifest: Manifest,
-        first_step: int,
-        steps: int,
-        *,
-        save: bool,
-    ) -> None:
-        self._params, self._manifest = params, manifest
+    def __init__(self, now: ClientRound, first_step: int, steps: int, *, save: bool) -> None:
+        self._now = now
         self._first_step, self._steps, self._save = first_step, steps, save
         self.done = 0
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        load(kwargs["model"], self._params, self._manifest)
+        self._now.load(kwargs["model"])
+        self._now.begin(kwargs["model"], kwargs["optimizer"])
         set_lr_position(kwargs["lr_scheduler"], self._first_step)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._now.apply()
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any

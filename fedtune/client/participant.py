@@ -27,12 +27,16 @@ from transformers.trainer_utils import TrainOutput
 
 from fedtune.adapters import Manifest, collect, collect_static, describe, load_static
 from fedtune.adapters import load as load_params
+from fedtune.adapters.base_terms import base_terms
 from fedtune.adapters.sharded import is_sharded, local_part
 from fedtune.client import replies
 from fedtune.client.checkpoints import Mark, find_checkpoint, mark_checkpoint
+from fedtune.client.client_round import ClientRound, completed, refuse_fp16, remembers
 from fedtune.client.counter import BatchCounter, held_out
 from fedtune.client.local import derive_seed, model_of, quality_metrics, set_lr_position
+from fedtune.client.memory import ClientMemory, Kept
 from fedtune.client.ranks import Ranks
+from fedtune.client.replies import Sent
 from fedtune.client.session import Request, Session
 from fedtune.client.undisturbed import undisturbed
 from fedtune.errors import ConfigError, FedtuneError, ManifestError, RoundError
@@ -40,7 +44,7 @@ from fedtune.files import write_bytes
 from fedtune.relay.folder import SitePlan
 from fedtune.relay.frames import Frame, decode, encode
 from fedtune.transport import messages
-from fedtune.transport.messages import RoundTask
+from fedtune.transport.messages import EvaluateTask, RoundTask, arrays_of
 
 __all__ = ["Options", "Participant"]
 
@@ -108,12 +112,13 @@ class Participant:
         self._request: Request | None = None  # the last one heard, on rank 0
         self._task: RoundTask | None = None  # the round that is trained
         self._task_request: Request | None = None
+        self._now: ClientRound | None = None
         self._done = 0  # steps of it
         self._started = 0.0
         self._scored: Frame | None = None  # waits for the Trainer's own evaluation
         self._scores: dict[str, float] = {}
         self._score_parts = 0
-        self._final: dict[str, Tensor] | None = None
+        self._final: Sent | None = None
         self._reason = ""
 
     # The whole run.
@@ -216,6 +221,8 @@ class Participant:
         if self._options.restart_lr:
             self.trainer.lr_scheduler.last_epoch = -1  # type: ignore[union-attr]
             self.trainer.lr_scheduler.step()  # type: ignore[union-attr]
+        assert self._now is not None
+        self._now.begin(model_of(self.trainer), self.trainer.optimizer)
         spoiled = self._optimizer_is_spoiled()
         if spoiled:
             self._say("the optimizer's state is not finite; it begins anew", warn=True)
@@ -223,6 +230,11 @@ class Participant:
             self.trainer.optimizer.state.clear()  # type: ignore[union-attr]
         if not self._task.carry:
             set_seed(derive_seed(self._task.seed, self.plan.client, self._task.round))
+
+    def on_pre_optimizer_step(self) -> None:
+        """Correct the gradients, where the method does."""
+        if self._now is not None and self._started:
+            self._now.apply()
 
     def on_step_end(self, state: TrainerState, control: TrainerControl) -> None:
         """At the end of a round: send it, and hear what comes next."""
@@ -277,7 +289,7 @@ class Participant:
             self._task = None
             self._converse(state, control, may_train=False)
         assert self._final is not None
-        self._load(self._final)
+        self._end_with(self._final)
         if self.session is not None:
             self.session.say("over", reason=self._reason)
             self.session.end(f"the run is over at this site ({self._reason})")
@@ -337,7 +349,7 @@ class Participant:
                 return self._set_up(content)
             case messages.EVALUATE:
                 self._refer(replies.round_of(content), content)
-                self._load(replies.global_of(content))
+                self._show(content)
                 return None
             case messages.TRAIN:
                 if not may_train:
@@ -345,7 +357,7 @@ class Participant:
                 self._begin(content)
                 return None
             case messages.FINISH:
-                self._final = replies.global_of(content) or collect(model_of(self.trainer))
+                self._final = self._last(content)
                 self._reason = str(content.config_records["config"].get("reason", "done"))
                 return None
         raise RoundError(
@@ -398,8 +410,8 @@ class Participant:
         )
 
     def _set_up(self, content: RecordDict) -> RecordDict:
-        replies.agree(replies.manifest_of(content), self._built)
-        static = replies.global_of(content)
+        self._manifest = replies.agree(replies.manifest_of(content), self._built)
+        static = arrays_of(content)
         if static:
             load_static(model_of(self.trainer), static, self._built)
             if self._ranks.first:
@@ -410,6 +422,7 @@ class Participant:
         """A script that is started again is not set up again."""
         static = self._saved(self._folder / STATIC)
         if static:
+            self._manifest = self._built.frozen(static)
             load_static(model_of(self.trainer), static, self._built)
 
     def _begin(self, content: RecordDict) -> None:
@@ -424,20 +437,28 @@ class Participant:
                 f"{self.plan.client}: expected a round from 1 to {self.plan.num_rounds} as "
                 f"planned, received round {task.round}. Submit a new run."
             )
+        refuse_fp16(task, self.trainer.args)
         self._refer(task.round - 1, content)
-        self._load(replies.global_of(content))
-        self._task, self._task_request = task, self._request
+        now = ClientRound(task, Sent.of(content), self._recall(task), self._built)
+        now.load(model_of(self.trainer))
+        self._now, self._task, self._task_request = now, task, self._request
         self._done, self._started = 0, 0.0
 
     def _send_update(self) -> None:
         task = self._task
         assert task is not None
         model = model_of(self.trainer)
-        params = collect(model) if self._ranks.first or is_sharded(model) else {}
+        assert self._now is not None
+        outgoing = self._now.finish(model, collects=self._ranks.first or is_sharded(model))
+        self._now = None
+        if outgoing.kept is not None and self._ranks.first:
+            still_needed = (*task.keep_rounds, task.resume_round)
+            self._memory.write(task.round, outgoing.kept, still_needed)
         counter, ranks = self._counter, self._ranks
         examples, tokens, loss = ranks.total([counter.examples, counter.tokens, counter.loss])
         result = replies.LocalResult(
-            params=params,
+            params=outgoing.params,
+            control_change=outgoing.control_change,
             num_examples=int(examples),
             num_tokens=int(tokens),
             num_steps=self._done,
@@ -500,8 +521,34 @@ class Participant:
 
     # Parameters and places.
 
-    def _load(self, params: dict[str, Tensor]) -> None:
-        load_params(model_of(self.trainer), params, self._built)
+    def _show(self, content: RecordDict) -> None:
+        """Load what is to be scored: the global parameters, with this client's own."""
+        task, sent = EvaluateTask.of(content), Sent.of(content)
+        params = completed(sent.params, self._recall(task), task.personal)
+        load_params(model_of(self.trainer), params, self._built, base=sent.base)
+
+    def _last(self, content: RecordDict) -> Sent:
+        """What the run ends with: what is not sent stays as it is."""
+        sent, model = Sent.of(content), model_of(self.trainer)
+        live = {n: tensor for n, tensor in collect(model).items() if n in self._built.entries}
+        return Sent({**live, **sent.params}, sent.base if sent.params else base_terms(model))
+
+    def _end_with(self, last: Sent) -> None:
+        load_params(model_of(self.trainer), last.params, self._built, base=last.base)
+
+    def _recall(self, task: RoundTask | EvaluateTask) -> Kept:
+        """What this client kept from its last round that counted, on every rank."""
+        number = task.resume_round if remembers(task) else 0
+        tensors = self._saved(self._memory.file(number)) if number else {}
+        if number and not tensors:
+            raise self._memory.lost(number)
+        return Kept.of(tensors)
+
+    @property
+    def _memory(self) -> ClientMemory:
+        """Beside the checkpoints, as `_reference`."""
+        name = f"fedtune_memory-{self.plan.run}-{self.plan.client}"
+        return ClientMemory(Path(str(self.trainer.args.output_dir)) / name)
 
     def _refer(self, round_number: int, content: RecordDict) -> None:
         """Give DPOTrainer the run's first global as adapter `ref`, which it compares with."""
@@ -509,7 +556,7 @@ class Participant:
         if "ref" not in getattr(model, "peft_config", {}):
             return
         if round_number == 0:
-            params = replies.global_of(content)
+            params = arrays_of(content)
             if self._ranks.first:
                 self._reference.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(self._reference, save(params))
@@ -552,7 +599,7 @@ class Participant:
 
     def _stop(self, control: TrainerControl) -> None:
         assert self._final is not None
-        self._load(self._final)
+        self._end_with(self._final)
         control.should_training_stop = True
 
     def _no_more(self, state: TrainerState) -> str:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
 from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.errors import ManifestError
-from fedtune.transport.messages import RoundTask, pack
-from fedtune.transport.records import config_of, params_of, to_arrays
+from fedtune.transport.messages import ARRAYS, BASE, CONTROL, RoundTask, arrays_of, pack
+from fedtune.transport.records import config_of, to_arrays
 
 __all__ = [
     "LocalResult",
+    "Sent",
     "agree",
     "evaluated",
     "finished",
-    "global_of",
     "initial",
     "manifest_of",
     "planned",
@@ -33,8 +33,10 @@ class LocalResult:
     """What a client's part of a round has come to.
 
     Attributes:
+        params: what goes back: trained in this round, and not personal.
         num_tokens: label tokens trained on.
         train_loss: mean over the round's steps.
+        control_change: c_k+ - c_k of SCAFFOLD; empty without it.
     """
 
     params: dict[str, Tensor]
@@ -43,12 +45,27 @@ class LocalResult:
     num_steps: int
     train_loss: float
     train_s: float
+    control_change: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def global_of(content: RecordDict) -> dict[str, Tensor]:
-    """The parameters of a request; empty when it carries none. Raises ManifestError."""
-    arrays = content.array_records.get("arrays")
-    return params_of(arrays) if arrays else {}
+@dataclass(frozen=True)
+class Sent:
+    """The tensors of a request.
+
+    Attributes:
+        params: the global parameters; personal ones may be absent.
+        base: what has been added to the base (`adapters/base_terms.py`).
+        control: the server's control variate.
+    """
+
+    params: dict[str, Tensor]
+    base: dict[str, Tensor] = field(default_factory=dict)
+    control: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: RecordDict) -> Sent:
+        """From a message. Raises ManifestError."""
+        return cls(*(arrays_of(content, name) for name in (ARRAYS, BASE, CONTROL)))
 
 
 def manifest_of(content: RecordDict) -> Manifest:
@@ -86,6 +103,7 @@ def trained(client: str, task: RoundTask, result: LocalResult) -> RecordDict:
     """The update of a round."""
     return pack(
         arrays=result.params,
+        control=result.control_change,
         metrics={
             "num-examples": result.num_examples,
             "num-tokens": result.num_tokens,
@@ -117,8 +135,14 @@ def finished(client: str) -> RecordDict:
     return pack(config={"client": client})
 
 
-def agree(expected: Manifest, built: Manifest) -> None:
-    """Raises ManifestError, with the first difference, when a client built another adapter."""
-    objection = expected.objection_to(built)
+def agree(expected: Manifest, built: Manifest) -> Manifest:
+    """What the client built, with that frozen which the run sends once.
+
+    Raises:
+        ManifestError: with the first difference, when a client built another adapter.
+    """
+    adapted = built.frozen(expected.static)
+    objection = expected.objection_to(adapted)
     if objection:
         raise ManifestError(objection)
+    return adapted

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,21 @@ from fedtune.adapters import (
     keep_trainable,
     load_static,
 )
+from fedtune.client.client_round import completed, remembers
 from fedtune.client.counter import HeldOut, held_out
-from fedtune.client.local import evaluate, train_round
-from fedtune.client.replies import LocalResult, agree
+from fedtune.client.local import MEMORY, evaluate, train_round
+from fedtune.client.memory import ClientMemory
+from fedtune.client.replies import LocalResult, Sent, agree
 from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.config import Arguments
 from fedtune.errors import ConfigError
-from fedtune.transport.messages import RoundTask
+from fedtune.strategies.lora.manifests import at_ranks
+from fedtune.strategies.lora.padding import cut, widen
+from fedtune.transport.messages import EvaluateTask, RoundTask
 
 __all__ = ["BuildModel", "BuildTrainer", "Worker"]
+
+STATIC = "static.safetensors"
 
 BuildModel = Callable[[Arguments], tuple[nn.Module, Any]]
 BuildTrainer = Callable[[Arguments, nn.Module, Any, Dataset, Dataset | None], Trainer]
@@ -56,6 +62,7 @@ class Worker:
     evaluation: Dataset
     work_dir: Path
     _live: tuple[nn.Module, Any] | None = field(default=None, repr=False)
+    _static: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
     _trainers: dict[str, Trainer] = field(default_factory=dict, init=False, repr=False)
     _rng: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -112,6 +119,18 @@ class Worker:
         """What this model trains, as the server and the other clients must see it."""
         return describe(self.model)
 
+    def manifest_of(self, client: str) -> Manifest:
+        """What a client trains: the live adapter, at the client's rank."""
+        if self.args.adapter.ranks is None:
+            return self.manifest
+        return at_ranks(self.manifest, self.ranks[client])
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each client: `--client_ranks` in the order of the clients, else one for all."""
+        given = self.args.adapter.ranks or [self.args.adapter.lora_r] * len(self.train)
+        return dict(zip(self.train, given, strict=True))
+
     @property
     def names(self) -> list[str]:
         """Clients in the order of the simulation's nodes."""
@@ -119,35 +138,71 @@ class Worker:
 
     @property
     def evaluator(self) -> str:
-        """The client whose Trainer holds the held-out set."""
-        return min(self.train)
+        """The client whose Trainer holds the held-out set: one that has the highest rank."""
+        return min(self.train, key=lambda name: (-self.ranks[name], name))
 
     def initial(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and static tensors as built, before any training."""
         return collect(self.model), collect_static(self.model)
 
-    def set_up(self, manifest: Manifest, static: dict[str, Tensor]) -> None:
+    def set_up(self, client: str, manifest: Manifest, static: dict[str, Tensor]) -> None:
         """Agree with the server on the adapter; keeps the static tensors for later processes."""
-        agree(manifest, self.manifest)
+        agree(manifest, self.manifest_of(client))
         if static:
             self.work_dir.mkdir(parents=True, exist_ok=True)
-            save_file(static, self.work_dir / "static.safetensors")
-            load_static(self.model, static, self.manifest)
+            save_file(static, self.work_dir / STATIC)
+            self._static = static
+            load_static(self.model, static, self._agreed(self.manifest))
 
-    def train_round(self, client: str, task: RoundTask, params: dict[str, Tensor]) -> LocalResult:
+    def train_round(self, client: str, task: RoundTask, sent: Sent) -> LocalResult:
         """Train one client's part of a round."""
         trainer = self.trainer(client)
         if not task.resume_round:
             set_rng(self._rng[client])
-        return train_round(
-            trainer, task, params, self.manifest, client=client, state_dir=self.work_dir / client
+        live, own = self._agreed(self.manifest), self._agreed(self.manifest_of(client))
+        result = train_round(
+            trainer,
+            task,
+            Sent(self._widened(sent.params), sent.base, sent.control),
+            live,
+            client=client,
+            state_dir=self.work_dir / client,
         )
+        shapes = {name: entry.shape for name, entry in own.entries.items()}
+        return replace(result, params=cut(result.params, shapes))
 
-    def evaluate(self, params: dict[str, Tensor]) -> tuple[dict[str, float], HeldOut]:
-        """Metrics of the global parameters on the held-out rows, and how many of them there are."""
+    def evaluate(
+        self, client: str, task: EvaluateTask, sent: Sent
+    ) -> tuple[dict[str, float], HeldOut]:
+        """Metrics of what was sent, with the client's own, and how many held-out rows there are."""
         trainer = self.trainer(self.evaluator)
-        metrics = evaluate(trainer, params, self.manifest)
+        memory = ClientMemory(self.work_dir / client / MEMORY)
+        kept = memory.read(task.resume_round if remembers(task) else 0)
+        params = completed(self._widened(sent.params), kept, task.personal)
+        metrics = evaluate(trainer, Sent(params, sent.base), self._agreed(self.manifest))
         return metrics, HeldOut(len(self.evaluation), held_out(trainer).tokens)
+
+    def at_rank_of(self, client: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the live adapter with the ranks that a client does not have at zero."""
+        entries = self.manifest_of(client).entries
+        return self._widened(cut(params, {name: entry.shape for name, entry in entries.items()}))
+
+    def personal(self, client: str, server_round: int) -> dict[str, Tensor]:
+        """The parameters that stay with a client, as after one of its rounds."""
+        return dict(ClientMemory(self.work_dir / client / MEMORY).read(server_round).personal)
+
+    def _agreed(self, manifest: Manifest) -> Manifest:
+        """With that frozen which the run has sent once."""
+        if self._static is None:
+            file = self.work_dir / STATIC
+            self._static = load_file(file) if file.is_file() else {}
+        return manifest.frozen(self._static)
+
+    def _widened(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As the live adapter holds it, which has the highest rank of all clients."""
+        if self.args.adapter.ranks is None:
+            return dict(params)
+        return widen(params, {name: entry.shape for name, entry in self.manifest.entries.items()})
 
     def trainer(self, client: str) -> Trainer:
         """This client's Trainer, built on first use; static tensors are loaded then."""
@@ -157,9 +212,9 @@ class Worker:
             self._rng[client] = get_rng()
             # Every train() collects garbage; what lives as long as the worker need not be visited.
             gc.freeze()
-            static = self.work_dir / "static.safetensors"
-            if static.is_file():
-                load_static(self.model, load_file(static), self.manifest)
+            agreed = self._agreed(self.manifest)
+            if self._static:
+                load_static(self.model, self._static, agreed)
         return self._trainers[client]
 
     def new_trainer(self, train: Dataset, evaluation: Dataset | None, name: str) -> Trainer:

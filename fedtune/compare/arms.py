@@ -50,6 +50,11 @@ class ArmInput:
     directory: Path
     federate: FederatedRun
 
+    @property
+    def built(self) -> ServerState:
+        """The start with all that the recipe's model trains; the method may have frozen some."""
+        return self.start.as_built(self.worker.manifest)
+
 
 def run_arm(name: str, given: ArmInput) -> dict[str, Any]:
     """Run one arm; returns its part of `summary.json` and leaves `arms/<name>/adapter`."""
@@ -80,7 +85,8 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     lines = trainer.num_examples(trainer.get_train_dataloader())
     batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     steps = steps_for_samples(marks[-1], len(rows), lines, batch)
-    run = _train(given, name, trainer, max_steps=steps, marks=marks, mark_by="samples")
+    start = given.built.params
+    run = _train(given, name, trainer, start, max_steps=steps, marks=marks, mark_by="samples")
     _export(given, name, run.params)
     return of_history(run.history)
 
@@ -95,9 +101,9 @@ def _local(given: ArmInput) -> dict[str, Any]:
         trainer = worker.new_trainer(rows, worker.evaluation, f"local-{client}")
         steps = steps_of(trainer, *given.args.federation.budget)
         marks = [number * steps for number in range(1, rounds + 1)]
-        run = _train(
-            given, f"local {client}", trainer, max_steps=marks[-1], marks=marks, mark_by="steps"
-        )
+        start = worker.at_rank_of(client, given.built.params)
+        label, last = f"local {client}", marks[-1]
+        run = _train(given, label, trainer, start, max_steps=last, marks=marks, mark_by="steps")
         series.append(of_history(run.history))
         clients.append({"client": client, **series[-1]})
         loss = run.history[-1]["eval_loss"]  # None when this client diverged
@@ -111,7 +117,7 @@ def _local(given: ArmInput) -> dict[str, Any]:
 
 def _fixed_global(given: ArmInput) -> dict[str, Any]:
     worker = _quiet_worker(given, "fixed_global")
-    state = given.federate(worker, "fixed_global", given.start.fresh(), "fixed global")
+    state = given.federate(worker, "fixed_global", given.built, "fixed global")
     _export(given, "fixed_global", state.params)
     return of_history(state.history)
 
@@ -119,16 +125,17 @@ def _fixed_global(given: ArmInput) -> dict[str, Any]:
 def _parity(given: ArmInput) -> dict[str, Any]:
     """One federated client against the plain Trainer, step by step."""
     worker = _quiet_worker(given, "parity")
-    client, rows = next(iter(worker.train.items()))
+    client, rows = worker.evaluator, worker.train[worker.evaluator]
     worker.args.training.logging_steps = 1
     worker.args.training.logging_strategy = "steps"
     alone = worker.fork(train={client: rows}, work_dir=worker.work_dir)
     rounds = len(given.history) - 1
-    state = given.federate(alone, "fedavg", given.start.fresh(), "parity, federated")
+    state = given.federate(alone, "fedavg", given.built, "parity, federated")
     federated = alone.trainer(client)
     trainer = alone.new_trainer(rows, None, "plain")
     steps = int(federated.state.global_step)
-    run = _train(given, "parity, plain", trainer, max_steps=steps, marks=[], mark_by="steps")
+    start = given.built.params
+    run = _train(given, "parity, plain", trainer, start, max_steps=steps, marks=[], mark_by="steps")
     step = first_difference(federated.state.log_history, run.log_history)
     equal = all(torch.equal(state.params[name], value) for name, value in run.params.items())
     if step is None and not equal:
@@ -154,7 +161,9 @@ def _quiet_worker(given: ArmInput, name: str) -> Worker:
     return worker
 
 
-def _train(given: ArmInput, label: str, trainer: Any, **settings: Any) -> PlainRun:
+def _train(
+    given: ArmInput, label: str, trainer: Any, params: dict[str, Tensor], **settings: Any
+) -> PlainRun:
     with Progress(settings["max_steps"], label) as progress:
         done = 0
 
@@ -163,12 +172,10 @@ def _train(given: ArmInput, label: str, trainer: Any, **settings: Any) -> PlainR
             progress.advance(step - done)
             done = step
 
-        return run_plain(
-            trainer, given.start.params, given.start.manifest, on_step=on_step, **settings
-        )
+        return run_plain(trainer, params, given.built.manifest, on_step=on_step, **settings)
 
 
 def _export(given: ArmInput, name: str, params: dict[str, Tensor]) -> None:
     if all(math.isfinite(float(value.float().sum())) for value in params.values()):
-        state = given.start
-        export_adapter(given.directory / name / "adapter", params, state.static, state.manifest)
+        start = given.built
+        export_adapter(given.directory / name / "adapter", params, start.static, start.manifest)

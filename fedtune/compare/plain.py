@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
 from fedtune.client.local import evaluate, model_of, quality_metrics
+from fedtune.client.replies import Sent
 from fedtune.strategies.updates import finite_or_none
 
 __all__ = ["PlainRun", "run_plain", "steps_for_samples"]
@@ -51,7 +52,7 @@ def run_plain(
     run = PlainRun()
     counter = BatchCounter(trainer)
     if marks:
-        metrics = evaluate(trainer, params, manifest)
+        metrics = evaluate(trainer, Sent(params), manifest)
         run.history.append(_record(0, metrics, counter, None, 0.0))
     callback = _Marks(params, manifest, marks, mark_by, counter, run, on_step)
     trainer.add_callback(callback)

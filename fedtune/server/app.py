@@ -16,11 +16,12 @@ from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import Plan, RoundHook, run_rounds
 from fedtune.strategies import Method
+from fedtune.strategies.agreement import check_variants
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import one_line
 from fedtune.transport.grid import EagerGrid, Traffic
-from fedtune.transport.messages import INITIAL, Member, PlanTask, pack
-from fedtune.transport.records import config_of, params_of
+from fedtune.transport.messages import INITIAL, Member, PlanTask, arrays_of, pack
+from fedtune.transport.records import config_of
 
 __all__ = ["JOIN_TIMEOUT_S", "ServerRun", "server_app"]
 
@@ -103,6 +104,7 @@ def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
         min_clients=run.min_clients,
         join_timeout_s=run.join_timeout_s,
         patient=run.deployed,
+        mixed_ranks=run.method.properties.mixed_ranks,
         on_change=run.on_clients,
     )
     if not run.deployed:
@@ -119,7 +121,7 @@ def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
         raise
     finally:
         state = members.state or state
-        members.finish(state.params if state else None, state.round if state else 0, reason)
+        members.finish(reason, state, _personal(run.method, state))
     return state
 
 
@@ -131,6 +133,8 @@ def _run_all(grid: EagerGrid, run: ServerRun, members: Membership) -> ServerStat
     strategy = FedStrategy(
         run.method,
         state.manifest,
+        static=state.static,
+        pooled=not run.plan.sites_evaluate,
         fraction_train=run.fraction_train,
         min_replies=run.min_replies,
         seed=run.plan.seed,
@@ -161,12 +165,27 @@ def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState
             f"{member.name} could not give its adapter: {one_line(reply.error.reason)}"
         )
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
+    check_variants(str(run.method), run.method.properties, [*manifest.entries])
     if run.init_adapter is not None:
         params, static = load_init_adapter(run.init_adapter, manifest)
-        return ServerState(round=0, params=params, static=static, manifest=manifest)
-    params = params_of(reply.content.array_records["arrays"])
-    static_record = reply.content.array_records.get("static")
-    static = params_of(static_record) if static_record else {}
-    check(params, manifest)
-    check(static, manifest, static=True)
-    return ServerState(round=0, params=params, static=static, manifest=manifest)
+    else:
+        params, static = arrays_of(reply.content), arrays_of(reply.content, "static")
+        check(params, manifest)
+        check(static, manifest, static=True)
+    still = [name for name in manifest.entries if _never_trains(run.method, name)]
+    tensors, frozen = {**static, **params}, manifest.frozen(still)
+    return ServerState(
+        round=0,
+        params={name: tensors[name] for name in sorted(frozen.entries)},
+        static={name: tensors[name] for name in sorted(frozen.static)},
+        manifest=frozen,
+    )
+
+
+def _never_trains(method: Method, name: str) -> bool:
+    """Rules that let a factor stand still do so always, or every other round."""
+    return not method.trains(name, 1) and not method.trains(name, 2)
+
+
+def _personal(method: Method, state: ServerState | None) -> list[str]:
+    return [name for name in state.params if not method.travels(name)] if state else []

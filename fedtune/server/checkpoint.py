@@ -14,6 +14,8 @@ from torch import Tensor
 from fedtune.adapters import Manifest
 from fedtune.errors import ConfigError
 from fedtune.files import read_json, replace_directory, write_text
+from fedtune.strategies.lora.cumulative import Cumulative
+from fedtune.strategies.lora.manifests import joined
 
 __all__ = ["KEPT", "ServerState", "load_latest", "save"]
 
@@ -31,6 +33,7 @@ class ServerState:
         static: frozen adapter tensors, sent once.
         manifest: what the parameters obey.
         method_state: tensors of the method, per parameter.
+        base: what the method has added to the base.
         client_rounds: last round whose update was taken, per client.
         durable: `client_rounds` of the durable rounds that are kept, by round.
         history: one record per round, index 0 before training.
@@ -42,14 +45,26 @@ class ServerState:
     static: dict[str, Tensor]
     manifest: Manifest
     method_state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: Cumulative = field(default_factory=Cumulative)
     client_rounds: dict[str, int] = field(default_factory=dict)
     durable: dict[int, dict[str, int]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
 
-    def fresh(self) -> ServerState:
-        """The same parameters as the start of another run."""
-        return ServerState(0, self.params, self.static, self.manifest)
+    def as_built(self, built: Manifest) -> ServerState:
+        """The same tensors as the start of another run, in which all that a model trains travels.
+
+        Args:
+            built: the manifest of that model, with its own ranks.
+        """
+        tensors = {**self.static, **self.params}
+        params = {name: tensors[name] for name in sorted(built.entries)}
+        static = {name: tensors[name] for name in sorted(built.static)}
+        return ServerState(0, params, static, built)
+
+    def whole(self) -> tuple[dict[str, Tensor], Manifest]:
+        """The global adapter as an ordinary one: what was added to the base is in its factors."""
+        return joined(self.params, self.manifest, self.base)
 
     def keep_rounds(self, client: str) -> list[int]:
         """Rounds whose state of this client may still be needed."""
@@ -73,6 +88,7 @@ def save(directory: Path, state: ServerState) -> None:
             },
             fresh / "method.safetensors",
         )
+        save_file(_contiguous(state.base.tensors()), fresh / "base.safetensors")
         write_text(fresh / "manifest.json", state.manifest.to_json())
         write_text(fresh / "state.json", _to_json(state))
     for old_directory in _rounds(directory)[:-KEPT]:
@@ -97,6 +113,7 @@ def load_latest(directory: Path) -> ServerState | None:
             static=load_file(latest / "static.safetensors"),
             manifest=Manifest.from_json((latest / "manifest.json").read_text(encoding="utf-8")),
             method_state=method_state,
+            base=Cumulative.of(load_file(latest / "base.safetensors"), plain["base_error"]),
             client_rounds=plain["client_rounds"],
             durable={int(number): rounds for number, rounds in plain["durable"].items()},
             history=plain["history"],
@@ -112,6 +129,7 @@ def load_latest(directory: Path) -> ServerState | None:
 def _to_json(state: ServerState) -> str:
     plain = {
         "round": state.round,
+        "base_error": dict(state.base.error),
         "client_rounds": state.client_rounds,
         "durable": state.durable,
         "history": state.history,

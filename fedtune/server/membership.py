@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from flwr.app import ConfigRecord, Message
-from torch import Tensor
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.adapters import Manifest
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
+from fedtune.strategies.lora.manifests import like, rank_total
 from fedtune.strategies.updates import one_line
+from fedtune.strategies.views import Views
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import FINISH, PLAN, SETUP, Member, PlanTask, pack
-from fedtune.transport.records import config_of
+from fedtune.transport.records import config_of, to_arrays
 
 __all__ = ["ClientsHook", "Membership"]
 
@@ -46,7 +47,7 @@ class _Node:
     stage: Stage = "new"
     pending: str = ""
     member: Member | None = None
-    manifest: str = ""
+    manifest: Manifest | None = None
     problem: str = ""
     retry_at: float = 0.0
     seen: float = 0.0
@@ -61,6 +62,7 @@ class Membership:
         join_timeout_s: how long to wait for them.
         patient: whether a node that refuses is asked again (a deployment), or ends the run (a
             simulation, whose clients cannot change).
+        mixed_ranks: whether the nodes' LoRA ranks may differ.
         on_change: called with a row for every node when one of them has come further.
     """
 
@@ -72,9 +74,10 @@ class Membership:
         min_clients: int,
         join_timeout_s: float,
         patient: bool,
+        mixed_ranks: bool = False,
         on_change: ClientsHook = lambda clients: None,
     ) -> None:
-        self._grid, self._plan = grid, plan
+        self._grid, self._plan, self._mixed_ranks = grid, plan, mixed_ranks
         self._min_clients, self._join_timeout_s = min_clients, join_timeout_s
         self._patient, self._on_change = patient, on_change
         self._shown: list[dict[str, Any]] = []
@@ -97,8 +100,17 @@ class Membership:
         }
 
     def gather(self) -> Member:
-        """Wait until enough nodes know the plan; returns the one that the run starts from."""
-        return self._wait("planned")[0]
+        """Wait until enough nodes know the plan; returns the one that the run starts from.
+
+        It is the first by name of those that hold the highest rank.
+        """
+        found = self._wait("planned")
+
+        def rank(member: Member) -> int:
+            manifest = self._nodes[member.node].manifest
+            return rank_total(manifest) if manifest else 0
+
+        return min(found, key=lambda member: (-rank(member), member.name))
 
     @property
     def state(self) -> ServerState | None:
@@ -123,21 +135,43 @@ class Membership:
             for number in nodes:
                 self._nodes.pop(number, None)
 
-    def finish(self, params: Mapping[str, Tensor] | None, round_number: int, reason: str) -> None:
+    def finish(self, reason: str, state: ServerState | None, personal: Collection[str]) -> None:
         """Tell all that ever knew the plan that the run is over, refused ones too; wait not long.
 
-        Without `params` they keep what they have.
+        Args:
+            state: what they end with; without one they keep what they have.
+            personal: parameters that a client keeps as they are once it has trained.
         """
-        goodbye = ConfigRecord({"run": self._plan.run, "round": round_number, "reason": reason})
-        content = pack(arrays=params, config=goodbye)
         try:
             there = self._met.intersection(self._grid.get_node_ids())
-            messages = [Message(content, node, FINISH) for node in sorted(there)]
+            contents = self._goodbyes(sorted(there), reason, state, personal)
+            messages = [Message(content, node, FINISH) for node, content in contents.items()]
             for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
                 if reply.has_error():
                     log.warning("finish: %s", one_line(reply.error.reason))
         except Exception as error:  # whatever ended the run must not be hidden by its goodbye
             log.warning("finish: sites were not told (%s: %s)", type(error).__name__, error)
+
+    def _goodbyes(
+        self,
+        nodes: Iterable[int],
+        reason: str,
+        state: ServerState | None,
+        personal: Collection[str],
+    ) -> dict[int, RecordDict]:
+        number = state.round if state else 0
+        goodbye = ConfigRecord({"run": self._plan.run, "round": number, "reason": reason})
+        if state is None:
+            return {node: pack(config=goodbye) for node in nodes}
+        views = Views(state.params, to_arrays(state.params), "end")
+        base = to_arrays(state.base.tensors()) if state.base.terms else None
+        contents = {}
+        for node in nodes:
+            member = self._nodes[node].member if node in self._nodes else None
+            trained = member is not None and member.name in state.client_rounds
+            arrays = views.record(member.manifest if member else None, personal if trained else ())
+            contents[node] = pack(arrays=arrays, base=base, config=goodbye)
+        return contents
 
     def _at(self, stage: Stage) -> list[Member]:
         found = [node.member for node in self._nodes.values() if node.stage == stage]
@@ -194,7 +228,8 @@ class Membership:
         elif node.stage == "planned" and self._state is not None:
             # A site with another adapter is asked too: it then says so in its own log, and ends.
             node.stage = "setting up"
-            config = {"run": self._plan.run, "manifest": self._state.manifest.to_json()}
+            manifest = self._expected(node, self._state.manifest)
+            config = {"run": self._plan.run, "manifest": manifest.to_json()}
             content = pack(arrays=self._state.static, config=config)
             self._push(node, Message(content, number, SETUP))
         elif node.stage == "ready" and not node.pending and self._is_lonely(node):
@@ -219,14 +254,23 @@ class Membership:
                 self._refuse(number, node, problem)
                 return
             node.member = Member(number, name, bool(config["evaluates"]))
-            node.manifest, node.stage, node.problem = str(config["manifest"]), "planned", ""
+            text = str(config["manifest"])
+            node.manifest = Manifest.from_json(text) if text else None
+            node.stage, node.problem = "planned", ""
             self._met.add(number)
         elif self._state is not None:
-            problem = _other_adapter(node, self._state.manifest)
+            expected = self._expected(node, self._state.manifest)
+            problem = _objection(expected, node.manifest)
             if problem:
                 self._refuse(number, node, problem)
-            else:
-                node.stage = "ready"
+                return
+            node.stage = "ready"
+            if node.member and self._mixed_ranks:
+                node.member = replace(node.member, manifest=expected)
+
+    def _expected(self, node: _Node, run: Manifest) -> Manifest:
+        """The run's adapter as this node should have built it: at its own ranks, where it may."""
+        return like(run, node.manifest) if self._mixed_ranks and node.manifest else run
 
     def _others(self, number: int) -> list[_Node]:
         return [node for key, node in self._nodes.items() if key != number]
@@ -238,9 +282,9 @@ class Membership:
         log.warning("%s cannot take part: %s", name, problem)
 
 
-def _other_adapter(node: _Node, manifest: Manifest) -> str:
-    """Why the node's adapter is not the global one; a node without a model takes what it gets."""
-    return manifest.objection_to(Manifest.from_json(node.manifest)) if node.manifest else ""
+def _objection(expected: Manifest, built: Manifest | None) -> str:
+    """Why a node's adapter is another one; a node without a model takes what it gets."""
+    return expected.objection_to(built.frozen(expected.static)) if built else ""
 
 
 def _row(number: int, node: _Node) -> dict[str, Any]:

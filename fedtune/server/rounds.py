@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -15,7 +16,9 @@ from fedtune.config import FederationArguments
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import Membership
-from fedtune.strategies.shell import FedStrategy, Outcome
+from fedtune.strategies.lora.cumulative import Cumulative
+from fedtune.strategies.outcome import Outcome
+from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import finite_or_none
 from fedtune.transport.grid import EagerGrid, Traffic
 from fedtune.transport.messages import RoundTask
@@ -81,7 +84,8 @@ def run_rounds(
     `state` has no history yet. Raises RoundError when one round fails too often; the last good
     state has then been handed to `on_round` already.
     """
-    strategy.method_state = state.method_state
+    strategy.method_state, strategy.base = state.method_state, state.base
+    strategy.client_rounds = state.client_rounds
     strategy.members = members.ready()
     arrays = to_arrays(state.params)
     if not state.history:
@@ -92,8 +96,8 @@ def run_rounds(
         arrays, record = _run_round(grid, strategy, plan, state, number, arrays, members)
         state.round = number
         state.params = params_of(arrays)
-        state.method_state = strategy.method_state
-        state.client_rounds.update(dict.fromkeys(strategy.outcome.accepted, number))
+        state.method_state, state.base = strategy.method_state, strategy.base
+        state.manifest = strategy.manifest
         loss = record["eval_loss"]
         if loss is not None and (not state.best or loss < state.best["eval_loss"]):
             state.best = {"round": number, "eval_loss": loss}
@@ -153,6 +157,7 @@ def _run_round(
                 f"round {number} failed {len(failures)} times: {failures[-1]['reason']}; the last "
                 "good adapter is in place. Fix the clients, or allow fewer with --min_replies."
             )
+    state.client_rounds.update(dict.fromkeys(outcome.accepted, number))
     wait_s = max(0.0, grid.wait_s - outcome.train_s)
     metrics, evaluate_s = _evaluate(grid, strategy, plan, number, new)
     last = state.history[-1]
@@ -170,6 +175,9 @@ def _run_round(
         "failed_attempts": failures,
         "update_norm": outcome.update_norm,
         "client_drift": outcome.client_drift,
+        "residual": outcome.residual,
+        "residual_fedavg": outcome.residual_fedavg,
+        **_base(strategy.base),
         "time": {
             "train": round(outcome.train_s, 4),
             "wait": round(wait_s, 4),
@@ -183,19 +191,26 @@ def _run_round(
 def _tasks(
     strategy: FedStrategy, plan: Plan, state: ServerState, number: int, attempt: int
 ) -> dict[str, RoundTask]:
+    members = {member.name: member for member in strategy.members}
+    correction = strategy.method.correction()
     return {
         name: RoundTask(
             run=plan.run,
             round=number,
             num_rounds=plan.num_rounds,
             attempt=attempt,
-            manifest=strategy.manifest.hash,
+            manifest=(members[name].manifest or strategy.manifest).hash,
             steps=plan.steps,
             epochs=plan.epochs,
             carry=plan.carry,
             seed=plan.seed,
             resume_round=state.client_rounds.get(name, 0),
             keep_rounds=state.keep_rounds(name),
+            frozen=strategy.frozen(number),
+            personal=strategy.personal,
+            correction=correction.name if correction else "",
+            correction_settings=json.dumps(dict(correction.settings) if correction else {}),
+            new_factors=number > 1 and strategy.method.properties.refactors,
         )
         for name in strategy.sample(number, attempt)
     }
@@ -244,6 +259,11 @@ def _bytes(traffic: Traffic) -> dict[str, int]:
         "bytes_up_raw": traffic.up,
         "bytes_down_raw": traffic.down,
     }
+
+
+def _base(base: Cumulative) -> dict[str, float]:
+    """Of what was added to the base: the largest rank, and what its recompression may have lost."""
+    return {"base_rank": base.rank, "base_error": base.relative_error} if base.terms else {}
 
 
 def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:

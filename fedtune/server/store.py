@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from fedtune.files import append_line, write_text
 from fedtune.server import checkpoint
 from fedtune.server.checkpoint import ServerState
 
-__all__ = ["RunStore"]
+__all__ = ["Personal", "RunStore"]
+
+
+# State -> client -> its own parameters.
+Personal = Callable[[ServerState], Mapping[str, dict[str, Tensor]]]
 
 
 class RunStore:
@@ -22,10 +27,21 @@ class RunStore:
 
     The adapter is written before the server state: a run killed in between repeats that round and
     writes the same adapter again.
+
+    Args:
+        personal: from a state to what each client keeps for itself, by client; where that is known.
     """
 
-    def __init__(self, directory: Path, *, num_rounds: int, save_every_rounds: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        num_rounds: int,
+        save_every_rounds: int,
+        personal: Personal = lambda state: {},
+    ) -> None:
         self._directory = directory
+        self._personal = personal
         self._num_rounds = num_rounds
         self._save_every_rounds = save_every_rounds
 
@@ -52,9 +68,9 @@ class RunStore:
     def on_round(self, state: ServerState, record: dict[str, Any]) -> None:
         """Keep the outcome of a finished round (or of round 0, before training)."""
         kind = "model" if state.manifest.peft_type == FULL else "adapter"
-        self.export(self._directory / kind, state.params, state)
+        self._export(self._directory / kind, state)
         if state.best.get("round") == state.round and state.round:
-            self.export(self._directory / "best", state.params, state)
+            self._export(self._directory / "best", state)
         if not state.round:
             checkpoint.save(self._checkpoints / "start", state)
         else:
@@ -66,6 +82,8 @@ class RunStore:
         """Make this round durable, whatever `save_every_rounds` says."""
         checkpoint.save(self._checkpoints, state)
 
-    def export(self, directory: Path, params: dict[str, Tensor], state: ServerState) -> None:
-        """Write a PEFT (or full-model) checkpoint."""
-        export_adapter(directory, params, state.static, state.manifest)
+    def _export(self, directory: Path, state: ServerState) -> None:
+        """Write a PEFT (or full-model) checkpoint, with the adapters that are clients' own."""
+        params, manifest = state.whole()
+        own = {client: {**params, **tensors} for client, tensors in self._personal(state).items()}
+        export_adapter(directory, params, state.static, manifest, clients=own)

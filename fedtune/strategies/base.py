@@ -18,11 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from fedtune.strategies.mean import RunningMean
+
+if TYPE_CHECKING:  # the rules in there are methods themselves
+    from fedtune.strategies.lora.cumulative import Cumulative
+    from fedtune.strategies.lora.factors import Factors
 
 __all__ = [
     "ANY_ROUND",
@@ -64,6 +68,7 @@ class Properties:
     products: Exactness = "approximate"
     mixed_ranks: bool = False
     qlora_safe: bool = True
+    refactors: bool = False
     variants: frozenset[str] | None = None
 
 
@@ -75,11 +80,13 @@ class Round:
         number: the round, from 1.
         reference: the global parameters that the clients started from; empty if unknown.
         scaling: module -> factor of B @ A, the same for all clients.
+        rank: module -> rank of the global adapter; empty: the largest among the updates.
     """
 
     number: int = 1
     reference: Mapping[str, Tensor] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
+    rank: Mapping[str, int] = field(default_factory=dict)
 
 
 ANY_ROUND = Round()
@@ -160,6 +167,10 @@ class Method:
     def server_rate(self, stats: Sequence[ClientStats]) -> float:
         """Factor on (fold's result - old parameters), from the stats of all folded updates."""
         return 1.0
+
+    def cumulate(self, total: Cumulative, terms: Mapping[str, Factors]) -> Cumulative:
+        """What has been added to the base so far, with the terms of a round."""
+        return total
 
     def step(
         self, old: Tensor, new: Tensor, state: Mapping[str, Tensor]

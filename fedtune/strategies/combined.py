@@ -24,6 +24,8 @@ from fedtune.strategies.base import (
     Round,
 )
 from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategies.lora.cumulative import Cumulative
+from fedtune.strategies.lora.factors import Factors
 
 __all__ = ["Combined"]
 
@@ -74,6 +76,10 @@ class Combined(Method):
     def server_rate(self, stats: Sequence[ClientStats]) -> float:
         """The rule's."""
         return self.rule.server_rate(stats)
+
+    def cumulate(self, total: Cumulative, terms: Mapping[str, Factors]) -> Cumulative:
+        """The rule's."""
+        return self.rule.cumulate(total, terms)
 
     def step(
         self, old: Tensor, new: Tensor, state: Mapping[str, Tensor]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
 from torch import Tensor
 
-from fedtune.adapters import Manifest, check
+from fedtune.adapters import Entry, Manifest, check
 from fedtune.errors import ManifestError
-from fedtune.strategies import ClientStats
-from fedtune.transport.records import config_of, metrics_of, params_of
+from fedtune.strategies.base import ClientStats
+from fedtune.transport.messages import ARRAYS, CONTROL, arrays_of
+from fedtune.transport.records import config_of, metrics_of
 
-__all__ = ["Refusal", "Update", "UpdateRefusedError", "read_update"]
+__all__ = ["Expected", "Refusal", "Update", "UpdateRefusedError", "read_update"]
 
 
 class UpdateRefusedError(Exception):
@@ -31,35 +32,52 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Update:
-    """One client's checked reply."""
+    """One client's checked reply; `control_change` is c_k+ - c_k, empty without SCAFFOLD."""
 
     client: str
     params: dict[str, Tensor]
     stats: ClientStats
     train_loss: float | None
     train_s: float
+    control_change: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_update(message: Message, manifest: Manifest, server_round: int) -> Update:
+@dataclass(frozen=True)
+class Expected:
+    """What one client's reply has to be.
+
+    Attributes:
+        manifest: of what it sends.
+        manifest_hash: of the adapter that it trains, of which it may send a part.
+        control: whether the change of its control variate comes too.
+    """
+
+    server_round: int
+    manifest: Manifest
+    manifest_hash: str
+    control: bool = False
+
+
+def read_update(message: Message, expected: Expected) -> Update:
     """Decode and check one reply; raises UpdateRefusedError with the reason."""
     if message.has_error():
         raise UpdateRefusedError(f"client failed: {one_line(message.error.reason)}")
     config, metrics = config_of(message.content), metrics_of(message.content)
-    if config.get("round") != server_round:
+    if config.get("round") != expected.server_round:
         raise UpdateRefusedError(
-            f"stale: expected round {server_round}, received {config.get('round')!r}"
+            f"stale: expected round {expected.server_round}, received {config.get('round')!r}"
         )
-    if config.get("manifest") != manifest.hash:
+    if config.get("manifest") != expected.manifest_hash:
         raise UpdateRefusedError(
-            f"other adapter: expected manifest {manifest.hash[:12]}, "
+            f"other adapter: expected manifest {expected.manifest_hash[:12]}, "
             f"received {str(config.get('manifest'))[:12]}"
         )
-    arrays = message.content.array_records.get("arrays")
-    if not arrays:
+    if not message.content.array_records.get(ARRAYS):
         raise UpdateRefusedError("empty: expected parameters, received none")
     try:
-        params = params_of(arrays)
-        check(params, manifest)
+        params = arrays_of(message.content)
+        check(params, expected.manifest)
+        control = _control(message, expected)
     except ManifestError as error:
         raise UpdateRefusedError(one_line(str(error))) from None
     stats = ClientStats(
@@ -73,7 +91,21 @@ def read_update(message: Message, manifest: Manifest, server_round: int) -> Upda
         stats=stats,
         train_loss=finite_or_none(metrics.get("train-loss")),
         train_s=finite_or_none(metrics.get("train-s")) or 0.0,
+        control_change=control,
     )
+
+
+def _control(message: Message, expected: Expected) -> dict[str, Tensor]:
+    """The change of the control variate: as the parameters sent, in a precision of its own."""
+    if not expected.control:
+        return {}
+    control = arrays_of(message.content, CONTROL)
+    entries = {
+        name: entry._replace(dtype=Entry.of(control[name]).dtype) if name in control else entry
+        for name, entry in expected.manifest.entries.items()
+    }
+    check(control, replace(expected.manifest, entries=entries))
+    return control
 
 
 def finite_or_none(value: object) -> float | None:

@@ -6,6 +6,9 @@ query.setup     manifest, static tensors -> name of the client
 train           global parameters, task  -> updated parameters, what was trained on
 evaluate        global parameters        -> metrics on the held-out set
 query.finish    last global parameters, why the run is over -> name of the client
+
+Beside the parameters (record `arrays`) travel, where the method asks for it: `control`, the control
+variate of SCAFFOLD and what the client changes it by; `base`, what has been added to the base.
 """
 
 from __future__ import annotations
@@ -16,32 +19,45 @@ from dataclasses import asdict, dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedtune.transport.records import config_of, to_arrays
+from fedtune.adapters import Manifest
+from fedtune.transport.records import config_of, params_of, to_arrays
 
 __all__ = [
+    "ARRAYS",
+    "BASE",
+    "CONTROL",
     "EVALUATE",
     "FINISH",
     "INITIAL",
     "PLAN",
     "SETUP",
     "TRAIN",
+    "EvaluateTask",
     "Member",
     "PlanTask",
     "RoundTask",
+    "arrays_of",
     "pack",
 ]
 
 PLAN, INITIAL, SETUP = "query.plan", "query.initial", "query.setup"
 TRAIN, EVALUATE, FINISH = "train", "evaluate", "query.finish"
+ARRAYS, CONTROL, BASE = "arrays", "control", "base"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A node that takes part, and whether it can score the global parameters."""
+    """A node that takes part.
+
+    Attributes:
+        evaluates: whether it can score the global parameters.
+        manifest: its adapter, where that differs from the run's: in ranks only.
+    """
 
     node: int
     name: str
     evaluates: bool = True
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,13 @@ class RoundTask:
         carry: whether optimizer, scheduler, RNG and data position continue.
         resume_round: last round in which the server took this client's update; 0 for none.
         keep_rounds: rounds whose client state the server may still roll back to.
+        frozen: trained tensors that stand still in this round; they are not sent back.
+        personal: tensors that the client keeps for itself; it has its own, or starts from those
+            sent with the round.
+        correction: name of what is added to the gradients; "" for nothing.
+        correction_settings: its numbers, as JSON.
+        new_factors: the parameters are not those that the client's optimizer knows, so that its
+            moments begin anew.
     """
 
     run: str
@@ -98,6 +121,11 @@ class RoundTask:
     seed: int
     resume_round: int = 0
     keep_rounds: list[int] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    personal: list[str] = field(default_factory=list)
+    correction: str = ""
+    correction_settings: str = "{}"
+    new_factors: bool = False
 
     def record(self) -> ConfigRecord:
         """As a config record."""
@@ -109,16 +137,52 @@ class RoundTask:
         return cls(**dict(config_of(content)))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class EvaluateTask:
+    """One client's evaluation of the global parameters.
+
+    Attributes:
+        run: id of the run.
+        round: after which the parameters are the global ones.
+        manifest: hash of the manifest that the parameters obey.
+        resume_round: last round in which the server took this client's update; 0 for none.
+        personal: tensors of which the client takes its own, of that round.
+    """
+
+    run: str
+    round: int
+    manifest: str
+    resume_round: int = 0
+    personal: list[str] = field(default_factory=list)
+
+    def record(self) -> ConfigRecord:
+        """As a config record."""
+        return ConfigRecord(asdict(self))
+
+    @classmethod
+    def of(cls, content: RecordDict) -> EvaluateTask:
+        """From the config record of a message."""
+        return cls(**dict(config_of(content)))  # type: ignore[arg-type]
+
+
+Arrays = ArrayRecord | Mapping[str, Tensor]
+
+
 def pack(
     *,
-    arrays: ArrayRecord | Mapping[str, Tensor] | None = None,
+    arrays: Arrays | None = None,
+    control: Arrays | None = None,
+    base: Arrays | None = None,
     metrics: Mapping[str, float] | None = None,
     config: ConfigRecord | Mapping[str, str | int | float | bool] | None = None,
 ) -> RecordDict:
-    """One parameter record, one metrics record and one config record; absent ones are left out."""
+    """The records of a message; absent ones are left out, as are empty `control` and `base`."""
     content = RecordDict()
     if arrays is not None:
-        content["arrays"] = arrays if isinstance(arrays, ArrayRecord) else to_arrays(arrays)
+        content[ARRAYS] = arrays if isinstance(arrays, ArrayRecord) else to_arrays(arrays)
+    for name, more in ((CONTROL, control), (BASE, base)):
+        if more:
+            content[name] = more if isinstance(more, ArrayRecord) else to_arrays(more)
     if metrics is not None:
         content["metrics"] = MetricRecord(dict(metrics))
     if config is not None:
@@ -126,3 +190,9 @@ def pack(
             config if isinstance(config, ConfigRecord) else ConfigRecord(dict(config))
         )
     return content
+
+
+def arrays_of(content: RecordDict, name: str = ARRAYS) -> dict[str, Tensor]:
+    """The tensors of one array record; empty when there is none. Raises ManifestError."""
+    record = content.array_records.get(name)
+    return params_of(record) if record else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fedtune.client.replies import global_of
+from fedtune.transport.messages import arrays_of
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.link import ask
 from tests.client.driver import Server, planned, trained
@@ -65,7 +65,7 @@ def test_a_killed_trainer_goes_on(run: RunFolder, tmp_path: Path, save_steps: in
     assert done[4][2] == done[6][2]
     assert [trained(frame)["num-steps"] for frame in server.updates] == [4, 4, 4]
     final = load_file(tmp_path / "final-0.safetensors")
-    assert same_tensors(final, global_of(server.updates[-1].content))
+    assert same_tensors(final, arrays_of(server.updates[-1].content))
     assert same_tensors(final, plain.params) == (save_steps == 4)
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 import fedtune
 from fedtune.adapters import collect, describe
-from fedtune.client.replies import global_of
+from fedtune.transport.messages import arrays_of
 from fedtune.errors import ManifestError, RoundError
 from fedtune.relay.folder import RunFolder
 from tests.client.driver import PLAN, Server, planned, send, trained
@@ -132,7 +132,7 @@ def test_what_the_server_sends_is_what_is_trained_and_kept(run: RunFolder, tmp_p
         result = train(trainer)
     fedtune.unpatch(trainer)
     for frame, params in zip(server.updates, sent, strict=False):
-        assert same_tensors(global_of(frame.content), params)  # LR 0 leaves them as they came
+        assert same_tensors(arrays_of(frame.content), params)  # LR 0 leaves them as they came
     assert same_tensors(result.params, sent[-1])
 
 

@@ -18,7 +18,7 @@ from fedtune.engines._compat import client_failed
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import load_latest
 from fedtune.server.store import RunStore
-from fedtune.strategies.shell import needed_replies, sample_clients
+from fedtune.strategies.outcome import needed_replies, sample_clients
 from fedtune.transport.messages import RoundTask
 from tests.federation.scripted import (
     Answer,

@@ -13,6 +13,8 @@ from fedtune.strategies.lora.fedsa_lora import FedSALoRA
 from fedtune.strategies.lora.ffa_lora import FFALoRA
 from fedtune.strategies.lora.flexlora import FlexLoRA
 from fedtune.strategies.lora.flora import FLoRA
+from fedtune.strategies.lora.hetlora import HetLoRA
+from fedtune.strategies.lora.raflora import RaFLoRA
 from fedtune.strategies.lora.rolora import RoLoRA
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "FedIT",
     "FedSALoRA",
     "FlexLoRA",
+    "HetLoRA",
+    "RaFLoRA",
     "RoLoRA",
 ]
 
@@ -34,4 +38,6 @@ LORA_RULES: dict[str, type[Method]] = {
     "flora": FLoRA,
     "fedex_lora": FedExLoRA,
     "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
+    "raflora": RaFLoRA,
 }

@@ -17,13 +17,15 @@ factors; memory O((out + in) max_rank) a module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedtune.strategies.lora.factors import Factors, rank_within, stack, svd, tail
+from fedtune.adapters.manifest import TERM_A, TERM_B
+from fedtune.strategies.lora.factors import Factors, norm, rank_within, stack, svd, tail
 from fedtune.strategies.lora.names import lora_modules
 
 __all__ = ["Cumulative", "accumulate", "one_adapter"]
@@ -36,43 +38,84 @@ class Cumulative:
     terms: Mapping[str, Factors] = field(default_factory=dict)
     error: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of a term; 0 without one."""
+        return max((term.rank for term in self.terms.values()), default=0)
+
+    @property
+    def relative_error(self) -> float:
+        """Bound of the error over all modules, relative to the total; 0 without a term."""
+        total = math.hypot(*(norm(term) for term in self.terms.values()))
+        return math.hypot(*self.error.values()) / total if total else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The terms as clients hold them (`adapters/base_terms.py`)."""
+        return {
+            module + suffix: factor
+            for module, term in sorted(self.terms.items())
+            for suffix, factor in ((TERM_B, term.B), (TERM_A, term.A))
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], error: Mapping[str, float]) -> Cumulative:
+        """Inverse of `tensors`."""
+        modules = [name.removesuffix(TERM_B) for name in tensors if name.endswith(TERM_B)]
+        terms = {m: Factors(tensors[m + TERM_B], tensors[m + TERM_A]) for m in modules}
+        return cls(terms, error)
+
+    def change_since(self, before: Cumulative) -> dict[str, Factors]:
+        """What has been added, by module."""
+        change = {}
+        for module, term in self.terms.items():
+            old = before.terms.get(module)
+            if old is not term:
+                parts = [(1.0, term)] if old is None else [(1.0, term), (-1.0, old)]
+                change[module] = stack(parts)
+        return change
+
 
 def accumulate(
     total: Cumulative,
     base: Mapping[str, Factors],
     *,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-7,
     max_rank: int = 64,
 ) -> Cumulative:
-    """The total with one round's terms added; modules without a term stay as they are."""
+    """The total with one round's terms added; modules without a term stay as they are.
+
+    `max_rank` 0: no bound but the layer's size.
+    """
     terms, error = dict(total.terms), dict(total.error)
     for name, term in base.items():
         parts = [(1.0, terms[name])] if name in terms else []
         spectrum = svd(stack([*parts, (1.0, term)]))
         within = rank_within(spectrum.S, tolerance * tail(spectrum.S, 0))
-        rank = max(1, min(within, max_rank))
+        rank = max(1, min(within, max_rank or within))
         kept = spectrum.balanced(rank)
-        terms[name] = kept.to(torch.float32)
-        error[name] = error.get(name, 0.0) + tail(spectrum.S, rank) + _rounding(kept)
+        terms[name] = kept.to(torch.promote_types(term.B.dtype, torch.float32))
+        error[name] = error.get(name, 0.0) + tail(spectrum.S, rank)
+        error[name] += _rounding(kept, terms[name].B.dtype)
     return Cumulative(terms, error)
 
 
 def one_adapter(
     params: Mapping[str, Tensor], scaling: Mapping[str, float], total: Cumulative
 ) -> dict[str, Tensor]:
-    """The adapter and the total as one plain LoRA adapter with scaling 1 and rank r + r'."""
+    """The adapter and the total as one LoRA adapter with scaling 1 and rank r + r', in fp32."""
     joined = dict(params)
     for module in lora_modules(params).values():
         b, a = params[module.b], params[module.a]
+        precise = torch.promote_types(b.dtype, torch.float32)
         parts = [(scaling[module.name], Factors(b, a))]
         if module.name in total.terms:
             parts.append((1.0, total.terms[module.name]))
         whole = stack(parts)
-        joined |= {module.b: whole.B.to(b.dtype), module.a: whole.A.to(a.dtype)}
+        joined |= {module.b: whole.B.to(precise), module.a: whole.A.to(precise)}
     return joined
 
 
-def _rounding(factors: Factors) -> float:
-    """Bound of |B A - fp32(B) fp32(A)|: half an ulp in each factor, and their product."""
+def _rounding(factors: Factors, dtype: torch.dtype) -> float:
+    """Bound of what rounding both factors to `dtype` costs: half an ulp each, and the product."""
     lengths = torch.linalg.matrix_norm(factors.B) * torch.linalg.matrix_norm(factors.A)
-    return float(torch.finfo(torch.float32).eps * lengths) * (1 + 1e-6)
+    return float(torch.finfo(dtype).eps * lengths) * (1 + 1e-6)

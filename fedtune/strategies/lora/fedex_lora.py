@@ -20,14 +20,14 @@ from typing import ClassVar
 
 from fedtune.strategies.base import Properties
 from fedtune.strategies.lora.factors import Factors, stack, truncate
-from fedtune.strategies.lora.rule import NewLayer, ProductRule, Terms
+from fedtune.strategies.lora.rule import BaseRule, NewLayer, Terms
 from fedtune.strategies.settings import COUNT, setting
 
 __all__ = ["FedExLoRA", "covariance"]
 
 
 @dataclass(frozen=True)
-class FedExLoRA(ProductRule):
+class FedExLoRA(BaseRule):
     """Means plus exact residual; `rank`: largest rank of the residual, 0 for all of it."""
 
     rank: int = setting(0, COUNT)

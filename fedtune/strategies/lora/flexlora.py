@@ -3,12 +3,12 @@
     U S V' = sum p_k s B_k A_k,   s B A = U_r S_r V_r',   B = U S^1/2 / s^1/2,  A = S^1/2 V' / s^1/2
 
 The best update of rank r; a client of rank r_k takes the first r_k columns and rows, which is the
-best of rank r_k (`ranks.resize`). r is the largest rank of the clients, or `rank`. With `energy` it
-is the smallest that keeps that share of sum S^2, layer by layer, at most `rank` if given: FLoRIST
-(arXiv 2506.09199); like it, the SVD works on the factors and forms no (out, in) matrix. Ranks with
-S = 0 start like a fresh adapter, so that they can be trained. The factors are new ones, so Adam's
-moments of the clients do not fit them. Server memory: clients x adapter. No DoRA, no secure
-aggregation.
+best of rank r_k (`ranks.resize`). r is the global rank, that of the largest client, or `rank`. With
+`energy` it is the smallest that keeps that share of sum S^2, layer by layer, at most `rank` if set
+and the global rank if known (nobody can hold more): FLoRIST (arXiv 2506.09199). Like it, the SVD
+works on the factors and forms no (out, in) matrix. Ranks with S = 0 start like a fresh adapter, so
+that they can be trained. The factors are new ones, so Adam's moments of the clients do not fit.
+Server memory: clients x adapter. No DoRA, no secure aggregation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PART = Range("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)
 
 @dataclass(frozen=True)
 class FlexLoRA(ProductRule):
-    """SVD redistribution; `rank` 0: the largest of the clients; `energy` 0: not adaptive."""
+    """SVD redistribution; `rank` 0: the global one; `energy` 0: not adaptive."""
 
     rank: int = setting(0, COUNT)
     energy: float = setting(0.0, PART)
@@ -42,23 +42,26 @@ class FlexLoRA(ProductRule):
         sum_suffices=False,
         products="to rank",
         mixed_ranks=True,
+        refactors=True,
         variants=frozenset({"lora"}),
     )
 
     def combine(self, terms: Terms) -> NewLayer:
         """The best factors of the chosen rank."""
         spectrum = svd(terms.update())
-        rank = self._rank(spectrum, terms.max_rank)
+        rank = self._rank(spectrum, terms)
         kept = spectrum.balanced(min(rank, live(spectrum)))
         root = math.sqrt(terms.scaling)
         factors = Factors(kept.B / root, kept.A / root)
         return NewLayer(pad(terms.module, factors, rank, str(terms.server_round)))
 
-    def _rank(self, spectrum: Spectrum, clients: int) -> int:
+    def _rank(self, spectrum: Spectrum, terms: Terms) -> int:
         if not self.energy:
-            return int(self.rank) or clients
+            return int(self.rank) or terms.rank
+        every = len(spectrum.S)
         lost = math.sqrt(1 - self.energy) * tail(spectrum.S, 0)
-        return max(1, min(rank_within(spectrum.S, lost), int(self.rank) or len(spectrum.S)))
+        most = min(int(self.rank) or every, terms.global_rank or every)
+        return max(1, min(rank_within(spectrum.S, lost), most))
 
 
 def live(spectrum: Spectrum) -> int:

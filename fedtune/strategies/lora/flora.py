@@ -3,8 +3,8 @@
     B = [p_1 s B_1 | ... | p_K s B_K],  A = [A_1; ...; A_K],   W <- W + B A = W + sum p_k s B_k A_k
 
 exactly, whatever the ranks. The adapter starts again as PEFT starts it: one factor random (equal at
-all clients, new in every round), the other 0. Its rank is the largest of the clients; one with a
-lower rank takes the first rows, which changes nothing while the product is 0. The restart makes
+all clients, new in every round), the other 0. Its rank is the global one; a client with a lower
+rank takes the first rows, which changes nothing while the product is 0. The restart makes
 Adam's moments of the clients meaningless. Server memory: clients x adapter; every client receives
 the stack, sum r_k columns a layer. No DoRA, no secure aggregation, no quantized base without
 `cumulative.py`.
@@ -17,14 +17,14 @@ from typing import ClassVar
 
 from fedtune.strategies.base import Properties
 from fedtune.strategies.lora.ranks import initial
-from fedtune.strategies.lora.rule import NewLayer, ProductRule, Terms
+from fedtune.strategies.lora.rule import BaseRule, NewLayer, Terms
 from fedtune.strategies.settings import COUNT, setting
 
 __all__ = ["FLoRA"]
 
 
 @dataclass(frozen=True)
-class FLoRA(ProductRule):
+class FLoRA(BaseRule):
     """Stacking; `seed` of the fresh adapters."""
 
     seed: int = setting(0, COUNT)
@@ -33,6 +33,7 @@ class FLoRA(ProductRule):
         axis="lora_rule",
         sum_suffices=False,
         changes_base=True,
+        refactors=True,
         products="exact",
         mixed_ranks=True,
         qlora_safe=False,
@@ -44,4 +45,4 @@ class FLoRA(ProductRule):
         update = terms.update()
         out_dim, in_dim = update.B.shape[0], update.A.shape[1]
         key = f"{int(self.seed)}/{terms.server_round}"
-        return NewLayer(initial(terms.module, out_dim, in_dim, terms.max_rank, key), update)
+        return NewLayer(initial(terms.module, out_dim, in_dim, terms.rank, key), update)

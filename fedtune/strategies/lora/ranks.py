@@ -1,9 +1,10 @@
 """Ranks: a fresh adapter of a rank, and one adapter seen at another rank.
 
 Cutting keeps the first rows of A and columns of B: the best approximation after FlexLoRA, whose
-factors are sorted by singular value, and no loss after FLoRA, whose product is 0. Padding adds the
-start of a fresh adapter (one factor random, the other 0): the product stays, the new ranks train.
-Zeros in both would never train.
+factors are sorted by singular value, no loss after FLoRA, whose product is 0, and the definition in
+HetLoRA and raFLoRA, whose clients train the first slices. Padding adds the start of a fresh adapter
+(one factor random, the other 0): the product stays, the new ranks train. Zeros in both would never
+train.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import LoraModule, lora_modules
 
-__all__ = ["initial", "pad", "resize"]
+__all__ = ["extend", "initial", "pad", "resize"]
 
 
 def initial(module: LoraModule, out_dim: int, in_dim: int, rank: int, key: str) -> Factors:
@@ -33,6 +34,15 @@ def initial(module: LoraModule, out_dim: int, in_dim: int, rank: int, key: str) 
     bound = 1 / math.sqrt(in_dim)
     a = torch.rand(rank, in_dim, generator=generator).mul_(2 * bound).sub_(bound)
     return Factors(torch.zeros(out_dim, rank), a)
+
+
+def extend(factors: Factors, previous: Factors | None, rank: int) -> Factors:
+    """The factors, and behind them those slices of `previous` that they lack, up to a rank."""
+    if previous is None:
+        return factors
+    (b, a), lacking = factors, slice(factors.rank, rank)
+    more_b, more_a = previous.B[:, lacking].to(b.dtype), previous.A[lacking].to(a.dtype)
+    return Factors(torch.cat([b, more_b], 1), torch.cat([a, more_a]))
 
 
 def pad(module: LoraModule, factors: Factors, rank: int, key: str) -> Factors:

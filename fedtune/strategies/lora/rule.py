@@ -10,7 +10,7 @@ running mean. Updates are sorted before they are combined: arrival order does no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,11 +20,14 @@ from torch import Tensor
 
 from fedtune.errors import ManifestError
 from fedtune.strategies.base import ANY_ROUND, Method, Round
+from fedtune.strategies.lora.cumulative import Cumulative, accumulate
 from fedtune.strategies.lora.factors import Factors, stack
 from fedtune.strategies.lora.names import LoraModule, lora_modules
+from fedtune.strategies.lora.ranks import extend, pad
 from fedtune.strategies.mean import RunningMean
+from fedtune.strategies.settings import COUNT, SHARE, setting
 
-__all__ = ["NewLayer", "ProductFold", "ProductRule", "Terms"]
+__all__ = ["BaseRule", "NewLayer", "ProductFold", "ProductRule", "Terms", "padded_mean"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Terms:
         weights: of each client, positive, not normalised.
         scaling: s, the same for all clients.
         server_round: from 1.
+        reference: the factors that the clients started from; None if unknown.
+        global_rank: of the global adapter; 0 if unknown.
     """
 
     module: LoraModule
@@ -44,6 +49,8 @@ class Terms:
     weights: tuple[float, ...]
     scaling: float
     server_round: int = 1
+    reference: Factors | None = None
+    global_rank: int = 0
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
@@ -52,9 +59,9 @@ class Terms:
         return tuple(weight / total for weight in self.weights)
 
     @property
-    def max_rank(self) -> int:
-        """The largest rank among the clients."""
-        return max(factors.rank for factors in self.factors)
+    def rank(self) -> int:
+        """Of the new adapter: it does not shrink because its largest client was not sampled."""
+        return max(self.global_rank, *(factors.rank for factors in self.factors))
 
     def update(self) -> Factors:
         """What the clients ask for: sum p_k s B_k A_k, in fp64."""
@@ -63,12 +70,23 @@ class Terms:
 
     def mean(self) -> Factors:
         """(sum p_k B_k, sum p_k A_k) in the clients' dtype; lower ranks count as padded with 0."""
-        mean, rank = RunningMean(), self.max_rank
-        for (b, a), weight in zip(self.factors, self.weights, strict=True):
-            missing = rank - b.shape[1]
-            padded_b = torch.nn.functional.pad(b, (0, missing))
-            mean.add({"B": padded_b, "A": torch.nn.functional.pad(a, (0, 0, 0, missing))}, weight)
-        return Factors(**mean.result())
+        return padded_mean(zip(self.factors, self.weights, strict=True))
+
+    def widen(self, factors: Factors) -> Factors:
+        """These factors at `rank`: what nobody sent stays as it was, or starts afresh."""
+        key = str(self.server_round)
+        return pad(self.module, extend(factors, self.reference, self.rank), self.rank, key)
+
+
+def padded_mean(pairs: Iterable[tuple[Factors, float]]) -> Factors:
+    """(sum w_k B_k, sum w_k A_k) / sum w_k at the largest rank, lower ones padded with 0."""
+    kept, mean = list(pairs), RunningMean()
+    rank = max(factors.rank for factors, _ in kept)
+    for (b, a), weight in kept:
+        missing = rank - b.shape[1]
+        padded_b = torch.nn.functional.pad(b, (0, missing))
+        mean.add({"B": padded_b, "A": torch.nn.functional.pad(a, (0, 0, 0, missing))}, weight)
+    return Factors(**mean.result())
 
 
 class NewLayer(NamedTuple):
@@ -89,6 +107,23 @@ class ProductRule(Method):
     def fold(self, now: Round = ANY_ROUND) -> ProductFold:
         """A fresh fold for one round."""
         return ProductFold(self, now)
+
+
+@dataclass(frozen=True)
+class BaseRule(ProductRule):
+    """A rule that adds to the base; what it added rests in a frozen adapter beside it.
+
+    Attributes:
+        max_rank: largest rank of that adapter, 0 for no bound.
+        tolerance: relative error that its recompression may make in a round.
+    """
+
+    max_rank: int = setting(64, COUNT)
+    tolerance: float = setting(1e-7, SHARE)
+
+    def cumulate(self, total: Cumulative, terms: Mapping[str, Factors]) -> Cumulative:
+        """The total with a round's terms, recompressed."""
+        return accumulate(total, terms, tolerance=self.tolerance, max_rank=int(self.max_rank))
 
 
 class ProductFold:
@@ -148,7 +183,16 @@ def layer_terms(
             f"{factors[0].A.ndim} dimensions. Use fedit for convolutions."
         )
     weights = tuple(weight for _, weight in updates)
-    return Terms(module, factors, weights, now.scaling[module.name], now.number)
+    known = module.b in now.reference and module.a in now.reference
+    return Terms(
+        module,
+        factors,
+        weights,
+        now.scaling[module.name],
+        now.number,
+        Factors(now.reference[module.b], now.reference[module.a]) if known else None,
+        now.rank.get(module.name, 0),
+    )
 
 
 def _fingerprint(update: tuple[Mapping[str, Tensor], float]) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from fedtune.strategies.table import table
 from tests.conftest import REPOSITORY
 from tests.strategies.lora.oracles import Params, clients, peft_net, trained
 
-PRODUCT_RULES = ["fedex_lora", "flexlora", "flora"]
+PRODUCT_RULES = ["fedex_lora", "flexlora", "flora", "hetlora", "raflora"]
 
 
 def lora(rank: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:

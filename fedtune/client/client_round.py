@@ -1,0 +1,134 @@
+"""One round of one client as its method wants it, whatever Trainer it is trained with.
+
+load     what was sent, and what the client kept
+begin    let some of it stand still, remember the rest
+apply    once per optimizer step: add the correction to the gradients
+finish   what goes back, and what is kept until the client's next round
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fedtune.adapters import Manifest, collect, load
+from fedtune.adapters.names import trainable_tensors
+from fedtune.adapters.sharded import is_sharded
+from fedtune.client.corrections import ControlVariates, GradientCorrection, make_correction
+from fedtune.client.memory import Kept
+from fedtune.client.replies import Sent
+from fedtune.errors import ConfigError, ManifestError
+from fedtune.strategies.base import Correction
+from fedtune.transport.messages import EvaluateTask, RoundTask
+
+__all__ = ["ClientRound", "Outgoing", "completed", "refuse_fp16", "remembers"]
+
+
+class Outgoing(NamedTuple):
+    """What a client sends back, and what it keeps; `kept` is None where nothing has to be."""
+
+    params: dict[str, Tensor]
+    control_change: Mapping[str, Tensor]
+    kept: Kept | None
+
+
+class ClientRound:
+    """What has to happen in the model during a round.
+
+    Args:
+        kept: what this client kept from its last round that counted.
+    """
+
+    def __init__(self, task: RoundTask, sent: Sent, kept: Kept, manifest: Manifest) -> None:
+        self._task, self._sent, self._manifest = task, sent, manifest
+        self._params = completed(sent.params, kept, task.personal)
+        self._correction = _correction(task, sent, kept)
+        self._still: list[Tensor] = []
+
+    def load(self, model: nn.Module) -> None:
+        """Put the round's parameters into the model. Raises ManifestError when they are others."""
+        load(model, self._params, self._manifest, base=self._sent.base)
+
+    def begin(self, model: nn.Module, optimizer: Any) -> None:
+        """Before the first step, with the parameters in place.
+
+        Raises:
+            ConfigError: the training is sharded, and the method needs whole tensors.
+        """
+        live = trainable_tensors(model, "default")
+        still = {*self._task.frozen, *self._manifest.static}
+        self._still = [tensor for name, tensor in live.items() if name in still]
+        if (self._still or self._correction) and is_sharded(model):
+            raise ConfigError(
+                "--strategy: expected whole parameters at the client, found them sharded (FSDP, "
+                "DeepSpeed). Train whole, or use a method without correction and frozen factors."
+            )
+        for parameter in self._still:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if self._task.new_factors:
+            optimizer.state.clear()
+        if self._correction is not None:
+            self._correction.begin(model)
+
+    def apply(self) -> None:
+        """After clipping, before the optimizer's step."""
+        if self._correction is not None:
+            self._correction.apply()
+
+    def finish(self, model: nn.Module, *, collects: bool = True) -> Outgoing:
+        """After the last step; `collects`: whether this process has to know the parameters."""
+        trained = collect(model) if collects else {}
+        self.end()
+        personal = {name: trained.pop(name) for name in self._task.personal if name in trained}
+        own: Mapping[str, Tensor] = {}
+        change: Mapping[str, Tensor] = {}
+        if isinstance(self._correction, ControlVariates):
+            own, change = self._correction.finish()
+        return Outgoing(trained, change, Kept(own, personal) if remembers(self._task) else None)
+
+    def end(self) -> None:
+        """Let everything train again."""
+        for parameter in self._still:
+            parameter.requires_grad_(True)
+        self._still = []
+
+
+def remembers(task: RoundTask | EvaluateTask) -> bool:
+    """Whether the client keeps something of its own from round to round."""
+    return bool(task.personal) or getattr(task, "correction", "") == "scaffold"
+
+
+def completed(params: Mapping[str, Tensor], kept: Kept, personal: list[str]) -> dict[str, Tensor]:
+    """The parameters that were sent, with the client's own where it has them.
+
+    Raises:
+        ManifestError: a personal one was neither sent nor kept.
+    """
+    whole = {**params, **{name: kept.personal[name] for name in personal if name in kept.personal}}
+    missing = [name for name in personal if name not in whole]
+    if missing:
+        raise ManifestError(
+            f"`{missing[0]}`: expected this client's own from an earlier round, found none. "
+            "Start again with --overwrite, or submit a new run."
+        )
+    return {name: whole[name] for name in sorted(whole)}
+
+
+def refuse_fp16(task: RoundTask, args: Any) -> None:
+    """Raises ConfigError where the loss scaler may leave out steps that the method counts on."""
+    if args.fp16 and task.correction == "scaffold":
+        raise ConfigError(
+            "--strategy scaffold: expected every step to be taken, received --fp16, whose loss "
+            "scaler leaves some out. Use --bf16."
+        )
+
+
+def _correction(task: RoundTask, sent: Sent, kept: Kept) -> GradientCorrection | None:
+    if not task.correction:
+        return None
+    wanted = Correction(task.correction, json.loads(task.correction_settings))
+    return make_correction(wanted, sent.control, kept.control)

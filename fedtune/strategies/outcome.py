@@ -1,0 +1,76 @@
+"""What came back in a round, and how much of it is enough."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from fedtune.strategies.updates import Refusal, Update
+
+__all__ = ["Outcome", "needed_replies", "sample_clients"]
+
+
+@dataclass
+class Outcome:
+    """What came back in one attempt of a round."""
+
+    asked: list[str]
+    replies: list[dict[str, float | int | str | None]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    aggregate_s: float = 0.0
+    train_s: float = 0.0
+    update_norm: float | None = None
+    client_drift: float | None = None
+    residual: float | None = None
+    residual_fedavg: float | None = None
+
+    def take(self, client: str, update: Update) -> None:
+        """Note an accepted update."""
+        self.replies.append(
+            {
+                "client": client,
+                "examples": update.stats.num_examples,
+                "tokens": update.stats.num_tokens,
+                "steps": update.stats.num_steps,
+                "train_loss": update.train_loss,
+                "train_s": round(update.train_s, 4),
+            }
+        )
+        self.train_s += update.train_s
+
+    @property
+    def accepted(self) -> list[str]:
+        """Names of the clients whose updates were folded."""
+        return [str(reply["client"]) for reply in self.replies]
+
+    def total(self, key: str) -> int:
+        """Sum of a count over the accepted replies."""
+        return sum(int(reply[key] or 0) for reply in self.replies)
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean training loss over the round, weighted by tokens."""
+        known = [
+            (float(reply["train_loss"]), int(reply["tokens"] or 0))
+            for reply in self.replies
+            if reply["train_loss"] is not None
+        ]
+        tokens = sum(weight for _, weight in known)
+        return sum(loss * weight for loss, weight in known) / tokens if tokens else None
+
+
+def sample_clients(names: Iterable[str], count: int, key: str) -> list[str]:
+    """The same names, count and key give the same sample, whatever order the names arrive in."""
+    return sorted(random.Random(key).sample(sorted(names), count))
+
+
+def needed_replies(min_replies: str | None, asked: int) -> int:
+    """`None` -> all asked; `"3"` -> 3; `"0.5"` -> half of those asked, rounded up."""
+    if min_replies is None:
+        return asked
+    if "." in min_replies:
+        return max(1, math.ceil(Fraction(min_replies) * asked))
+    return int(min_replies)

@@ -1,0 +1,95 @@
+"""How far a round's aggregate is from what its updates ask for: of the method, and of FedAvg.
+
+The factors of all updates are needed at once, so this costs clients x adapter while a round lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from fedtune.strategies.lora.certificate import relative_errors
+from fedtune.strategies.lora.factors import Factors, stack
+from fedtune.strategies.lora.names import LoraModule, lora_modules
+from fedtune.strategies.lora.rule import Terms
+
+__all__ = ["Certificate", "residuals"]
+
+
+class Certificate:
+    """Collects the factors of one round.
+
+    Args:
+        scaling: module -> s, the same for all clients.
+    """
+
+    def __init__(self, scaling: Mapping[str, float]) -> None:
+        self._scaling = scaling
+        self._updates: list[Mapping[str, Tensor]] = []
+        self._weights: list[float] = []
+
+    def add(self, params: Mapping[str, Tensor], weight: float) -> None:
+        """Keep one client's factors, frozen ones included."""
+        modules = lora_modules(params).values()
+        names = [name for module in modules for name in (module.b, module.a) if name in params]
+        self._updates.append({name: params[name] for name in names})
+        self._weights.append(weight)
+
+    def residuals(
+        self, params: Mapping[str, Tensor], base: Mapping[str, Factors]
+    ) -> tuple[float | None, float | None]:
+        """Of the method and of FedAvg; None where the server does not have both factors."""
+        if not self._updates or not lora_modules(self._updates[0]):
+            return None, None
+        errors = residuals(self._updates, self._weights, self._scaling, params, base)
+        of_method, of_fedavg = (error if math.isfinite(error) else None for error in errors)
+        return of_method, of_fedavg
+
+
+def residuals(
+    updates: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    scaling: Mapping[str, float],
+    params: Mapping[str, Tensor],
+    base: Mapping[str, Factors],
+) -> tuple[float, float]:
+    """Relative errors of the method and of FedAvg; 0 without LoRA, whose mean is the definition.
+
+    Args:
+        params: the new adapter, frozen factors included.
+        base: module -> what the round has added to the base.
+
+    nan where a factor is missing.
+    """
+    modules = [module for name, module in lora_modules(updates[0]).items() if name in scaling]
+    if not modules:
+        return 0.0, 0.0
+    if any(name not in update for update in updates for m in modules for name in (m.b, m.a)):
+        return math.nan, math.nan
+
+    def layers() -> Iterator[tuple[Factors, tuple[Factors, Factors]]]:
+        for module in modules:
+            factors = tuple(_factors(update, module) for update in updates)
+            terms = Terms(module, factors, tuple(weights), scaling[module.name])
+            plain = stack([(terms.scaling, terms.mean())])
+            yield terms.update(), (_merged(terms, params, base.get(module.name)), plain)
+
+    of_method, of_fedavg = relative_errors(layers())
+    return of_method, of_fedavg
+
+
+def _merged(terms: Terms, params: Mapping[str, Tensor], base: Factors | None) -> Factors:
+    """What the round adds to a layer's weight; the clients' mean where B stayed with them."""
+    module, s = terms.module, terms.scaling
+    if module.b not in params:
+        a = params[module.a].flatten(1)
+        pairs = zip(terms.shares, terms.factors, strict=True)
+        return stack((p * s, Factors(own.B, a)) for p, own in pairs)
+    adapter = (s, _factors(params, module))
+    return stack([adapter] if base is None else [adapter, (1.0, base)])
+
+
+def _factors(params: Mapping[str, Tensor], module: LoraModule) -> Factors:
+    return Factors(params[module.b].flatten(1), params[module.a].flatten(1))

@@ -17,4 +17,4 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1)
     if near:
         return f"Did you mean {prefix}{near[0]}?"
-    return f"Known: {', '.join(names)}." if len(names) <= 20 else "--help lists all names."
+    return f"Known: {', '.join(names)}." if len(names) <= 30 else "--help lists all names."

@@ -177,7 +177,7 @@ def test_methods_of_one_axis_do_not_combine(monkeypatch):
     check("--strategy prox+adam --strategy_args mu=1,beta=0.5")
     assert "second correction" in message("--strategy prox+scaf")
     assert "Did you mean beta?" in message("--strategy prox+adam --strategy_args betta=0.5")
-    assert "--client_state carry" in message("--strategy scaf --client_state reset")
+    check("--strategy scaf --client_state reset")  # what a method keeps is not the optimizer's
 
 
 def test_strategy_settings():

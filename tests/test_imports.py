@@ -25,6 +25,7 @@ TOP = len(LEVELS)  # launch, cli and what they are made of
 
 MAY_IMPORT_FLOWER = (
     "strategies/shell.py",
+    "strategies/stock.py",
     "strategies/updates.py",
     "strategies/scoring.py",
     "strategies/views.py",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fedtune.errors import ConfigError
-from fedtune.nearest import nearest
-from fedtune.strategies import METHODS, Method, build_method
+from fedtune.strategies import Method, build_method
 from fedtune.strategies.agreement import check_agreement, check_variants
 from fedtune.strategies.base import Round
-from fedtune.strategies.lora import LORA_RULES
-from fedtune.strategies.lora.certificate import relative_errors
-from fedtune.strategies.lora.factors import Factors, stack
-from fedtune.strategies.lora.names import LoraModule, lora_modules
-from fedtune.strategies.lora.rule import Terms
+from fedtune.strategies.combined import Combined
+from fedtune.strategies.lora.factors import Factors
+from fedtune.strategies.registry import STOCK
+from fedtune.strategies.residuals import residuals
 from fedtune.strategies.scaling import Scaling, common_scaling
 
 __all__ = ["Aggregate", "aggregate"]
@@ -55,7 +53,9 @@ def aggregate(
     """Aggregate the clients' parameters by the method called `name`.
 
     Args:
-        name: a method of `--strategy`, such as fedavg, fedex_lora or flexlora.
+        name: a rule or server optimizer of `--strategy`, such as fedavg, fedex_lora or fedadam,
+            or two joined by `+`. What needs more than the updates is refused: corrections act
+            while clients train, fednova counts their steps.
         updates: one `{canonical name: tensor}` per client; ranks may differ where the rule allows.
         weights: one positive number per client; None for equal ones.
         reference: the previous global parameters, and static ones; server optimizers need it.
@@ -80,30 +80,34 @@ def aggregate(
     base: dict[str, Factors] = getattr(fold, "base", {})
     static = {key: t for key, t in (reference or {}).items() if key not in updates[0]}
     whole = [{**static, **update} for update in equal]
-    residual, residual_fedavg = _residuals(whole, by, scales, {**static, **params}, base)
+    residual, residual_fedavg = residuals(whole, by, scales, {**static, **params}, base)
     return Aggregate(params, base, scales, residual, residual_fedavg)
 
 
 def _method(name: str, settings: Mapping[str, float]) -> Method:
-    if name in LORA_RULES:
-        return _lora_rule(name, settings)
-    if name.split("+")[0] not in METHODS:
+    """The method called `name`, if the updates are all it needs."""
+    if name.startswith(STOCK):
         raise ConfigError(
-            f"aggregate: unknown method {name!r}. {nearest(name, {**METHODS, **LORA_RULES})}"
+            f"aggregate: {name} reads Flower's messages, which only a run has. Use --strategy."
         )
-    return build_method(name, weight_by="uniform", settings=settings)
-
-
-def _lora_rule(name: str, settings: Mapping[str, float]) -> Method:
-    known = {item.name: item for item in fields(LORA_RULES[name]) if item.name != "weight_by"}
-    for setting, value in settings.items():
-        if setting not in known:
-            hint = nearest(setting, known) if known else "It has none: leave it out."
-            raise ConfigError(f"aggregate: {setting!r} is no setting of {name}. {hint}")
-        allowed = known[setting].metadata["range"]
-        if not allowed.holds(value):
-            raise ConfigError(f"{name}: {setting}: expected {allowed.expected}, received {value}.")
-    return LORA_RULES[name](**settings)  # type: ignore[arg-type]
+    try:
+        method = build_method(name, weight_by="uniform", settings=settings)
+    except ConfigError as error:
+        text = str(error).replace("--strategy_args", "aggregate").replace("--strategy", "aggregate")
+        raise ConfigError(text) from None
+    correction = method.correction()
+    if correction is not None:
+        raise ConfigError(
+            f"aggregate: {correction.name} changes how clients train, not what the server makes of "
+            "their updates. Leave it out; alone it is fedavg."
+        )
+    rule = method.rule if isinstance(method, Combined) else method
+    if type(rule).server_rate is not Method.server_rate:
+        raise ConfigError(
+            f"aggregate: {name} needs every client's number of steps, which updates do not hold. "
+            "Use fedavg."
+        )
+    return method
 
 
 def _weights(weights: Sequence[float] | None, clients: int) -> list[float]:
@@ -122,7 +126,8 @@ def _step(
     reference: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """The server's step on every tensor, where the method has one of its own."""
-    if type(method).step is Method.step:
+    server = method.server if isinstance(method, Combined) else method
+    if type(server).step is Method.step:
         return params
     missing = sorted(params.keys() - (reference or {}).keys())
     if reference is None or missing:
@@ -131,43 +136,3 @@ def _step(
             "received none."
         )
     return {key: method.step(reference[key], value, {})[0] for key, value in params.items()}
-
-
-def _residuals(
-    updates: Sequence[Mapping[str, Tensor]],
-    weights: list[float],
-    scaling: Mapping[str, float],
-    params: Mapping[str, Tensor],
-    base: Mapping[str, Factors],
-) -> tuple[float, float]:
-    """Of the method and of FedAvg; 0 without LoRA, whose mean is the definition."""
-    modules = [lora_modules(updates[0])[name] for name in scaling]
-    if not modules:
-        return 0.0, 0.0
-    if any(name not in updates[0] for module in modules for name in (module.b, module.a)):
-        return math.nan, math.nan
-
-    def layers() -> Iterator[tuple[Factors, tuple[Factors, Factors]]]:
-        for module in modules:
-            factors = tuple(_factors(update, module) for update in updates)
-            terms = Terms(module, factors, tuple(weights), scaling[module.name])
-            plain = stack([(terms.scaling, terms.mean())])
-            yield terms.update(), (_merged(terms, params, base.get(module.name)), plain)
-
-    residual, residual_fedavg = relative_errors(layers())
-    return residual, residual_fedavg
-
-
-def _merged(terms: Terms, params: Mapping[str, Tensor], base: Factors | None) -> Factors:
-    """What the round adds to a layer's weight; the clients' mean where B stayed with them."""
-    module, s = terms.module, terms.scaling
-    if module.b not in params:
-        a = params[module.a].flatten(1)
-        pairs = zip(terms.shares, terms.factors, strict=True)
-        return stack((p * s, Factors(own.B, a)) for p, own in pairs)
-    adapter = (s, _factors(params, module))
-    return stack([adapter] if base is None else [adapter, (1.0, base)])
-
-
-def _factors(params: Mapping[str, Tensor], module: LoraModule) -> Factors:
-    return Factors(params[module.b].flatten(1), params[module.a].flatten(1))

@@ -40,7 +40,7 @@ __all__ = [
     "Round",
 ]
 
-Axis = Literal["correction", "lora_rule", "server_optimizer"]
+Axis = Literal["correction", "rule", "server_optimizer"]
 Exactness = Literal["exact", "to rank", "approximate"]
 
 
@@ -53,6 +53,9 @@ class Properties:
         sum_suffices: the weighted sum of updates is all it needs (secure aggregation, eager fold).
         client_state: clients keep state of the method between rounds.
         changes_base: it adds to the frozen base model.
+        refactors: the new factors are in other coordinates: Adam's moments, server optimizers and
+            control variates do not fit them.
+        robust: it withstands some arbitrary clients.
         products: whether the merged update is sum p_k s_k B_k A_k: exactly, to the chosen rank, or
             up to the covariance of the factors.
         mixed_ranks: clients may have different LoRA ranks.
@@ -65,10 +68,11 @@ class Properties:
     sum_suffices: bool = True
     client_state: bool = False
     changes_base: bool = False
+    refactors: bool = False
+    robust: bool = False
     products: Exactness = "approximate"
     mixed_ranks: bool = False
     qlora_safe: bool = True
-    refactors: bool = False
     variants: frozenset[str] | None = None
 
 

@@ -1,7 +1,7 @@
 """Methods of several axes as one: `fedprox+ffa_lora+fedadam`.
 
     correction        what clients add to their gradients        correction
-    lora_rule         what travels, how updates become one       all others
+    rule              what travels, how updates become one       all others
     server_optimizer  how far the server follows                 step
 
 Each hook of `Method` belongs to one axis; an axis that is not named is FedAvg's.

@@ -37,7 +37,7 @@ class FedNova(Method):
     client_momentum: float = setting(0.0, SHARE)
     prox: float = setting(0.0, SHARE)
 
-    properties = Properties(axis="lora_rule")
+    properties = Properties(axis="rule")
 
     def weigh(self, stats: ClientStats) -> float:
         """p_k / |a_k|."""

@@ -48,7 +48,7 @@ class Krum(Method):
     f: int = setting(1, COUNT)
     products: int = setting(0, FLAG)
 
-    properties = Properties(axis="lora_rule", sum_suffices=False)
+    properties = Properties(axis="rule", sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""
@@ -78,7 +78,7 @@ class MultiKrum(Method):
     m: int = setting(0, COUNT)
     products: int = setting(0, FLAG)
 
-    properties = Properties(axis="lora_rule", sum_suffices=False)
+    properties = Properties(axis="rule", sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""

@@ -24,7 +24,7 @@ __all__ = ["Median"]
 class Median(Method):
     """The middle value of every coordinate."""
 
-    properties = Properties(axis="lora_rule", sum_suffices=False)
+    properties = Properties(axis="rule", sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any
 
 from fedtune.errors import ConfigError
@@ -17,8 +18,11 @@ from fedtune.strategies.fednova import FedNova
 from fedtune.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedtune.strategies.fedprox import FedProx
 from fedtune.strategies.krum import Krum, MultiKrum
+from fedtune.strategies.lora import LORA_RULES
 from fedtune.strategies.median import Median
+from fedtune.strategies.pairs import why_not
 from fedtune.strategies.scaffold import Scaffold
+from fedtune.strategies.settings import settings_of
 from fedtune.strategies.trimmed_mean import TrimmedMean
 
 __all__ = ["METHODS", "build_method", "setting_names"]
@@ -34,7 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "median": Median,
     "multikrum": MultiKrum,
     "trimmed_mean": TrimmedMean,
-    # rules for LoRA (strategies/lora)
+    **LORA_RULES,
     # server optimizers
     "diloco": DiLoCo,
     "fedadagrad": FedAdagrad,
@@ -43,12 +47,13 @@ METHODS: dict[str, type[Method]] = {
     "fedyogi": FedYogi,
 }
 
-MEMBERS = {"correction": "client", "lora_rule": "rule", "server_optimizer": "server"}
+MEMBERS = {"correction": "client", "rule": "rule", "server_optimizer": "server"}
+STOCK = "flwr:"
 
 
 def setting_names(name: str) -> list[str]:
     """Names that `--strategy_args` may set for a method."""
-    return list(_settings(name))
+    return list(settings_of(METHODS[name]))
 
 
 def build_method(
@@ -56,12 +61,17 @@ def build_method(
 ) -> Method:
     """The method that `strategy` names, or several joined by `+`, at most one of each axis.
 
-    A setting goes to the method that has it; `fedadam.lr` says which where several do.
+    A setting goes to the method that has it; `fedadam.lr` says which where several do. `flwr:NAME`
+    is a strategy of Flower (`stock.py`).
 
     Raises:
-        ConfigError: a method or setting is unknown, an axis is taken twice, a setting is ambiguous
-            or out of range.
+        ConfigError: a method or setting is unknown, an axis is taken twice, methods do not go
+            together, a setting is ambiguous or out of range.
     """
+    if strategy.startswith(STOCK) and "+" not in strategy:
+        from fedtune.strategies.stock import stock_method  # Flower, only where it is asked for
+
+        return stock_method(strategy.removeprefix(STOCK), weight_by, settings or {})
     names = strategy.split("+")
     _check_names(strategy, names)
     routed = _route(strategy, names, settings or {})
@@ -72,17 +82,16 @@ def build_method(
     if len(names) == 1:
         method: Method = built[strategy]
         return method
+    _check_pairs(strategy, built)
     members = dict.fromkeys(MEMBERS.values(), FedAvg(weight_by=weight_by))  # type: ignore[arg-type]
     members |= {MEMBERS[str(METHODS[name].properties.axis)]: built[name] for name in names}
     return Combined(weight_by=weight_by, **members)  # type: ignore[arg-type]
 
 
-def _settings(name: str) -> dict[str, Field[Any]]:
-    return {item.name: item for item in fields(METHODS[name]) if item.name != "weight_by"}
-
-
 def _check_names(strategy: str, names: list[str]) -> None:
     for name in names:
+        if name.startswith(STOCK):
+            raise ConfigError(f"--strategy {strategy}: {name} combines with no other method.")
         if name not in METHODS:
             raise ConfigError(f"--strategy: unknown method {name!r}. {nearest(name, METHODS)}")
     axes = [METHODS[name].properties.axis for name in names]
@@ -92,6 +101,18 @@ def _check_names(strategy: str, names: list[str]) -> None:
             raise ConfigError(
                 f"--strategy {strategy}: {name} {reason}. Use one method of each axis."
             )
+
+
+def _check_pairs(strategy: str, built: Mapping[str, Method]) -> None:
+    rules = [name for name in built if built[name].properties.axis == "rule"]
+    for rule in rules:
+        for name, method in built.items():
+            reason = None if name == rule else why_not(method, built[rule])
+            if reason is not None:
+                raise ConfigError(
+                    f"--strategy {strategy}: {name} does not go with {rule}: {reason}. "
+                    "Leave one of them out."
+                )
 
 
 def _route(
@@ -113,14 +134,15 @@ def _route(
             )
         if setting in routed[owners[0]]:
             raise ConfigError(f"--strategy_args: {setting} is given twice. Keep one of them.")
-        routed[owners[0]][setting] = _checked(given, value, _settings(owners[0])[setting])
+        item = settings_of(METHODS[owners[0]])[setting]
+        routed[owners[0]][setting] = _checked(given, value, item)
     return routed
 
 
 def _checked(given: str, value: float, item: Field[Any]) -> float:
     """In its range, and whole where the default is."""
     allowed = item.metadata.get("range")
-    if allowed is not None and not allowed.holds(value):
+    if allowed is not None and not (math.isfinite(value) and allowed.holds(value)):
         raise ConfigError(
             f"--strategy_args: {given}: expected {allowed.expected}, received {value}."
         )

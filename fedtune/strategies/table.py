@@ -1,43 +1,96 @@
-"""The table of methods in the documentation, made of their declared properties."""
+"""The tables of `docs/methods.md`, made of what the methods declare."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedtune.strategies.base import Method
+from fedtune.strategies.pairs import why_not
+from fedtune.strategies.settings import meanings, settings_of
 
-__all__ = ["table"]
+__all__ = ["pairs_table", "settings_table", "table"]
+
+Methods = Mapping[str, type[Method]]
 
 HEADER = (
     "method",
+    "axis",
     "LoRA products",
     "mixed ranks",
     "sum suffices",
     "client state",
     "changes the base",
+    "new coordinates",
+    "robust",
     "quantized base",
     "tensors",
 )
+# Properties of rules; a method of another axis takes them from the rule it is joined with.
+OF_THE_RULE = "-"
 
 
-def table(methods: Mapping[str, type[Method]]) -> str:
+def table(methods: Methods) -> str:
     """Markdown, one row per method."""
-    rows = [HEADER, ("---",) * len(HEADER), *(_row(*item) for item in methods.items())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(HEADER, (_row(*item) for item in methods.items()))
+
+
+def settings_table(methods: Methods) -> str:
+    """Markdown, one row per setting."""
+    header = ("method", "setting", "default", "range", "meaning")
+    return _markdown(
+        header, (row for name, method in methods.items() for row in _settings(name, method))
+    )
+
+
+def pairs_table(methods: Methods) -> str:
+    """Markdown, one row per rule and one column per method of another axis."""
+    made = {name: method() for name, method in methods.items()}
+    rules = [name for name, method in made.items() if method.properties.axis == "rule"]
+    others = [
+        name
+        for axis in ("correction", "server_optimizer")
+        for name, method in made.items()
+        if method.properties.axis == axis
+    ]
+    rows = (
+        (f"`{rule}`", *(_yes(why_not(made[name], made[rule]) is None) for name in others))
+        for rule in rules
+    )
+    return _markdown(("rule", *(f"`{name}`" for name in others)), rows)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _row(name: str, method: type[Method]) -> tuple[str, ...]:
     has = method.properties
+    mine = has.axis in (None, "rule")
+
+    def rule(text: str) -> str:
+        return text if mine else OF_THE_RULE
+
     return (
         f"`{name}`",
-        has.products,
-        _yes(has.mixed_ranks),
+        "-" if has.axis is None else has.axis.replace("_", " "),
+        rule(has.products),
+        rule(_yes(has.mixed_ranks)),
         _yes(has.sum_suffices),
         _yes(has.client_state),
-        _yes(has.changes_base),
-        "as it is" if has.qlora_safe else "terms beside it",
-        "all" if has.variants is None else ", ".join(sorted(has.variants)),
+        rule(_yes(has.changes_base)),
+        rule(_yes(has.refactors)),
+        rule(_yes(has.robust)),
+        rule("as it is" if has.qlora_safe else "terms beside it"),
+        rule("all" if has.variants is None else ", ".join(sorted(has.variants))),
     )
+
+
+def _settings(name: str, method: type[Method]) -> Iterable[tuple[str, ...]]:
+    meaning = meanings(method)
+    for setting, item in settings_of(method).items():
+        allowed = item.metadata["range"].expected
+        yield f"`{name}`", f"`{setting}`", f"{item.default:g}", allowed, meaning[setting]
 
 
 def _yes(holds: bool) -> str:

@@ -34,7 +34,7 @@ class TrimmedMean(Method):
 
     beta: float = setting(0.2, LESS_THAN_HALF)
 
-    properties = Properties(axis="lora_rule", sum_suffices=False)
+    properties = Properties(axis="rule", sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fedtune.transport.messages import arrays_of
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.link import ask
+from fedtune.transport.messages import arrays_of
 from tests.client.driver import Server, planned, trained
 from tests.client.trainers import small_trainer, train
 from tests.federation.small import same_tensors

@@ -13,9 +13,9 @@ from transformers import Trainer
 
 import fedtune
 from fedtune.adapters import collect, describe
-from fedtune.transport.messages import arrays_of
 from fedtune.errors import ManifestError, RoundError
 from fedtune.relay.folder import RunFolder
+from fedtune.transport.messages import arrays_of
 from tests.client.driver import PLAN, Server, planned, send, trained
 from tests.client.trainers import Trained, scores, small_model, small_trainer, train
 from tests.federation.small import same_tensors

@@ -47,6 +47,15 @@ def test_every_axis_does_its_part() -> None:
     assert state["x"].keys() == memory["x"].keys()
 
 
+def test_all_three_axes_at_once() -> None:
+    method = build("fedprox+ffa_lora+fedadam", mu=0.1, lr=0.01)
+    assert method.correction() == FedProx(mu=0.1).correction()
+    assert not method.trains("q.lora_A.weight", 1)
+    assert method.properties.products == "exact"
+    assert isinstance(method, Combined)
+    assert method.server == FedAdam(weight_by="uniform", lr=0.01)
+
+
 def test_the_order_of_names_does_not_matter() -> None:
     assert build("fedadam+fedprox", mu=0.3) == build("fedprox+fedadam", mu=0.3)
 
@@ -89,10 +98,13 @@ def test_every_hook_of_a_method_has_an_owner() -> None:
     ("strategy", "parts"),
     [
         ("fedadm", ("unknown method 'fedadm'", "Did you mean fedadam?")),
+        ("ffalora", ("Did you mean ffa_lora?",)),
+        ("xyz", ("Known: ", "fedavg", "rolora")),
         ("fedprox+", ("unknown method ''",)),
         ("fedprox+scaffold", ("is a second correction", "one method of each axis")),
         ("fedprox+fedprox", ("is a second correction",)),
         ("fedadam+diloco", ("is a second server_optimizer",)),
+        ("krum+ffa_lora", ("is a second rule",)),
         ("fedavg+fedadam", ("fedavg combines with no other method",)),
     ],
 )
@@ -111,6 +123,8 @@ def test_names_that_do_not_go(strategy: str, parts: tuple[str, ...]) -> None:
         ("fedadam", "weight_by", 1, ("no setting of fedadam",)),
         ("fedadam", "beta1", 1, ("beta1: expected a number >= 0 and < 1, received 1",)),
         ("fedadam", "lr", 0, ("lr: expected a number > 0, received 0",)),
+        ("flora", "seed", -1, ("seed: expected a whole number >= 0, received -1",)),
+        ("ffa_lora", "rank", 1, ("'rank' is no setting of ffa_lora", "leave it out")),
         ("krum", "f", 1.5, ("f: expected a whole number >= 0, received 1.5",)),
         ("trimmed_mean", "beta", 0.5, ("beta: expected a number >= 0 and < 0.5, received 0.5",)),
         ("krum", "products", 2, ("products: expected 0 or 1, received 2",)),

@@ -1,6 +1,6 @@
 """How LoRA updates are combined: `LORA_RULES` names the rules, one file each.
 
-The names are those of the papers. A rule is a `Method` on the axis `lora_rule`; its properties say
+The names are those of the papers. A rule is a `Method` on the axis `rule`; its properties say
 what it is exact for and what it needs.
 """
 

@@ -28,12 +28,18 @@ __all__ = ["FedExLoRA", "covariance"]
 
 @dataclass(frozen=True)
 class FedExLoRA(BaseRule):
-    """Means plus exact residual; `rank`: largest rank of the residual, 0 for all of it."""
+    """Means plus exact residual.
+
+    Attributes:
+        max_rank: largest rank of the frozen adapter beside the base; 0 for no bound.
+        tolerance: relative error that recompressing it may make in a round.
+        rank: largest rank of the residual; 0 for all of it.
+    """
 
     rank: int = setting(0, COUNT)
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule",
+        axis="rule",
         sum_suffices=False,
         changes_base=True,
         products="exact",

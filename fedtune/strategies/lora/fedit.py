@@ -22,5 +22,5 @@ class FedIT(Method):
     """FedAvg on LoRA factors."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule", variants=frozenset({"lora", "dora", "lora_bias"})
+        axis="rule", variants=frozenset({"lora", "dora", "lora_bias"})
     )

@@ -27,7 +27,7 @@ class FedSALoRA(Method):
     """Mean of A; B does not travel."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule", client_state=True, variants=frozenset({"lora", "dora"})
+        axis="rule", client_state=True, variants=frozenset({"lora", "dora"})
     )
 
     def travels(self, name: str) -> bool:

@@ -25,7 +25,7 @@ class FFALoRA(Method):
     """Mean of B over a common A."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule", products="exact", variants=frozenset({"lora", "lora_bias"})
+        axis="rule", products="exact", variants=frozenset({"lora", "lora_bias"})
     )
 
     def trains(self, name: str, server_round: int) -> bool:

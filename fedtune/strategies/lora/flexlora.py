@@ -1,6 +1,7 @@
 """FlexLoRA: the mean update, redistributed by its SVD (Bai et al. 2024, arXiv 2402.11505).
 
-    U S V' = sum p_k s B_k A_k,   s B A = U_r S_r V_r',   B = U S^1/2 / s^1/2,  A = S^1/2 V' / s^1/2
+    U S V' = sum p_k s B_k A_k
+    B <- (U S^1/2)_r / s^1/2,   A <- (S^1/2 V')_r / s^1/2       hence  s B A = U_r S_r V_r'
 
 The best update of rank r; a client of rank r_k takes the first r_k columns and rows, which is the
 best of rank r_k (`ranks.resize`). r is the global rank, that of the largest client, or `rank`. With
@@ -32,17 +33,22 @@ PART = Range("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)
 
 @dataclass(frozen=True)
 class FlexLoRA(ProductRule):
-    """SVD redistribution; `rank` 0: the global one; `energy` 0: not adaptive."""
+    """SVD redistribution.
+
+    Attributes:
+        rank: of the new factors (with `energy`, at most); 0 for the global one.
+        energy: share of the squared singular values to keep, layer by layer; 0 for a fixed rank.
+    """
 
     rank: int = setting(0, COUNT)
     energy: float = setting(0.0, PART)
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule",
+        axis="rule",
         sum_suffices=False,
+        refactors=True,
         products="to rank",
         mixed_ranks=True,
-        refactors=True,
         variants=frozenset({"lora"}),
     )
 

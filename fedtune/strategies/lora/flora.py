@@ -25,12 +25,18 @@ __all__ = ["FLoRA"]
 
 @dataclass(frozen=True)
 class FLoRA(BaseRule):
-    """Stacking; `seed` of the fresh adapters."""
+    """Stacking.
+
+    Attributes:
+        max_rank: largest rank of the frozen adapter beside the base; 0 for no bound.
+        tolerance: relative error that recompressing it may make in a round.
+        seed: of the fresh adapters.
+    """
 
     seed: int = setting(0, COUNT)
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule",
+        axis="rule",
         sum_suffices=False,
         changes_base=True,
         refactors=True,

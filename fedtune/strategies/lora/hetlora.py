@@ -32,7 +32,7 @@ class HetLoRA(ProductRule):
     """Zero-padded means, weighted by the Frobenius norms of the products."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule",
+        axis="rule",
         sum_suffices=False,
         mixed_ranks=True,
         variants=frozenset({"lora"}),

@@ -1,4 +1,4 @@
-"""raFLoRA: average every rank slice over the clients that own it (Wu et al. 2026).
+"""raFLoRA: average each rank slice over its owners (Wu et al. 2026, arXiv 2602.13486).
 
     A[i] <- sum_{k: r_k > i} p_k A_k[i] / sum_{k: r_k > i} p_k      and so for B[:, i]
 
@@ -9,7 +9,8 @@ here the slices are those that clients train, and the means are of the factors, 
 products is off by their covariance and by the other weights. With equal ranks it is FedIT.
 
 A client of rank r_k takes the first r_k slices. One that nobody owned in this round keeps its
-previous global value or starts like a fresh adapter. Server memory: clients x adapter. No DoRA.
+previous global value or starts like a fresh adapter. Server memory: clients x adapter, though sums
+of slices and of their weights would do. No DoRA.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ class RaFLoRA(ProductRule):
     """Means of the slices over their owners."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule",
-        sum_suffices=False,
+        axis="rule",
         mixed_ranks=True,
         variants=frozenset({"lora"}),
     )

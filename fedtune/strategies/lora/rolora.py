@@ -24,7 +24,7 @@ class RoLoRA(Method):
     """Mean of one factor over the other, in turn."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="lora_rule", products="exact", variants=frozenset({"lora", "lora_bias"})
+        axis="rule", products="exact", variants=frozenset({"lora", "lora_bias"})
     )
 
     def trains(self, name: str, server_round: int) -> bool:

@@ -11,7 +11,8 @@ from torch import nn
 
 import fedtune
 from fedtune.adapters import collect
-from fedtune.strategies.lora import LORA_RULES, FedExLoRA, FLoRA
+from fedtune.strategies import METHODS
+from fedtune.strategies.lora import FedExLoRA, FLoRA
 from fedtune.strategies.lora import fedex_lora as fedex_file
 from fedtune.strategies.lora.factors import Factors, stack
 from fedtune.strategies.lora.rule import NewLayer, Terms
@@ -31,7 +32,7 @@ def dropped_scale(patch: pytest.MonkeyPatch) -> None:
             layer = super().combine(terms)
             return layer._replace(base=Factors(layer.base.B / terms.scaling, layer.base.A))
 
-    patch.setitem(LORA_RULES, "fedex_lora", Mutant)
+    patch.setitem(METHODS, "fedex_lora", Mutant)
 
 
 def scale_counted_twice(patch: pytest.MonkeyPatch) -> None:
@@ -40,7 +41,7 @@ def scale_counted_twice(patch: pytest.MonkeyPatch) -> None:
             layer = super().combine(terms)
             return layer._replace(base=Factors(layer.base.B * terms.scaling, layer.base.A))
 
-    patch.setitem(LORA_RULES, "flora", Mutant)
+    patch.setitem(METHODS, "flora", Mutant)
 
 
 def no_residual(patch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def unweighted(patch: pytest.MonkeyPatch) -> None:
 
 def means_of_both(patch: pytest.MonkeyPatch) -> None:
     """FFA-LoRA without its check, and clients that train both factors."""
-    patch.setattr(LORA_RULES["ffa_lora"], "trains", lambda self, name, server_round: True)
+    patch.setattr(METHODS["ffa_lora"], "trains", lambda self, name, server_round: True)
     patch.setattr(SharedFactorMean, "add", lambda self, params, w: self._mean.add(params, w))
 
 
@@ -112,7 +113,7 @@ def test_a_transposed_residual_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
             layer = super().combine(terms)
             return layer._replace(base=Factors(layer.base.A.T, layer.base.B.T))
 
-    monkeypatch.setitem(LORA_RULES, "fedex_lora", Mutant)
+    monkeypatch.setitem(METHODS, "fedex_lora", Mutant)
     with pytest.raises(RuntimeError, match="size"):
         error_after("fedex_lora", 1, torch.float64)
 

@@ -7,6 +7,7 @@ problem is raised.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -207,6 +208,24 @@ def _lora_rule(args: Arguments) -> str | None:
     return None
 
 
+def _delays(args: Arguments) -> str | None:
+    fed = args.federation
+    delays = fed.delays
+    if delays is None:
+        return None
+    if fed.engine != "inline":
+        return (
+            f"--client_delays: clients of --engine {fed.engine} take the time they take. "
+            "Leave it out."
+        )
+    if len(delays) != fed.num_clients or not all(0 <= delay < math.inf for delay in delays):
+        return (
+            f"--client_delays: expected {fed.num_clients} numbers >= 0, one per client, received "
+            f"{fed.client_delays}."
+        )
+    return None
+
+
 def _engine(args: Arguments) -> str | None:
     fed, run, training = args.federation, args.run, args.training
     if fed.engine == "ray" and not _installed("ray"):
@@ -257,6 +276,7 @@ RULES: tuple[Rule, ...] = (
     _track,
     _strategy,
     _lora_rule,
+    _delays,
     _engine,
     _output,
 )

@@ -144,9 +144,20 @@ class FederationArguments:
     client_state: Literal["carry", "reset"] = setting(
         "carry", "carry: optimizer, RNG and data position continue over rounds; reset: fresh."
     )
+    client_delays: str | None = setting(
+        None,
+        "inline: simulated seconds that each client takes for a round, comma-separated. They "
+        "decide in which order updates arrive; nothing waits.",
+    )
     cpus_per_client: float = setting(1.0, "ray: CPUs that one client occupies.")
     gpus_per_client: float = setting(0.0, "ray: GPUs that one client occupies (may be < 1).")
     save_every_rounds: int = setting(1, "Write the server state every N rounds.")
+
+    @property
+    def delays(self) -> list[float] | None:
+        """Numbers named by `--client_delays`; raises ConfigError."""
+        text = self.client_delays
+        return None if text is None else split_numbers(text, "--client_delays")
 
     @property
     def budget(self) -> tuple[int, float]:
@@ -218,6 +229,16 @@ def split_ints(text: str, flag: str) -> list[int]:
     except ValueError:
         raise ConfigError(
             f"{flag}: expected whole numbers joined by commas, received {text!r}. Example: 1,2,3"
+        ) from None
+
+
+def split_numbers(text: str, flag: str) -> list[float]:
+    """`"1,2.5"` -> `[1.0, 2.5]`; raises ConfigError that names the flag."""
+    try:
+        return [float(part) for part in str(text).split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{flag}: expected numbers joined by commas, received {text!r}. Example: 1,1,2.5"
         ) from None
 
 

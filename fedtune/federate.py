@@ -16,6 +16,7 @@ from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.compare.summary import settings_of
 from fedtune.config import Arguments, split_names
+from fedtune.engines.delayed import DelayedGrid
 from fedtune.engines.inline import run_inline
 from fedtune.errors import RoundError
 from fedtune.report.progress import Progress
@@ -163,7 +164,10 @@ def _engine(args: Arguments) -> Engine:
 def _run_inline(run: ServerRun, worker: Worker) -> None:
     # Clients run one after the other inside the pull: a limit would cut off the last ones.
     run.plan = replace(run.plan, round_timeout_s=math.inf)
-    run_inline(server_app(run), client_app(lambda: worker), len(worker.train))
+    client = client_app(lambda: worker)
+    delays = worker.args.federation.delays
+    grid = DelayedGrid(client, delays) if delays and len(delays) == len(worker.train) else None
+    run_inline(server_app(run), client, len(worker.train), grid)
 
 
 def _result(run: ServerRun) -> ServerState:

@@ -87,10 +87,12 @@ class InlineGrid(Grid):
             return client_failed(message, error)
 
 
-def run_inline(server: ServerApp, client: ClientApp, num_clients: int) -> None:
-    """Run a ServerApp against `num_clients` clients in this process."""
+def run_inline(
+    server: ServerApp, client: ClientApp, num_clients: int, grid: Grid | None = None
+) -> None:
+    """Run a ServerApp against `num_clients` clients in this process, on a grid of one's own."""
     with task_identity(RUN_ID, SERVER_NODE):
-        server(InlineGrid(client, num_clients), _context(0, num_clients))
+        server(grid or InlineGrid(client, num_clients), _context(0, num_clients))
 
 
 def _context(partition_id: int, num_partitions: int) -> Context:

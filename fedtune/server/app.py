@@ -141,7 +141,13 @@ def _run_all(grid: EagerGrid, run: ServerRun, members: Membership) -> ServerStat
         run_id=run.plan.run,
         ttl_s=run.plan.round_timeout_s,
     )
-    return run_rounds(grid, strategy, run.plan, state, run.on_round, members)
+    last = run_rounds(grid, strategy, run.plan, state, run.on_round, members)
+    if run.deployed:  # a site that still trains would not hear the goodbye
+        for _ in grid.send_and_receive(
+            [], timeout=run.plan.round_timeout_s, pending=strategy.pending
+        ):
+            pass
+    return last
 
 
 def _plan_task(plan: Plan) -> PlanTask:

@@ -16,6 +16,7 @@ from fedtune.config import FederationArguments
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import Membership
+from fedtune.strategies.advance import ServerMemory
 from fedtune.strategies.lora.cumulative import Cumulative
 from fedtune.strategies.outcome import Outcome
 from fedtune.strategies.shell import FedStrategy
@@ -84,7 +85,7 @@ def run_rounds(
     `state` has no history yet. Raises RoundError when one round fails too often; the last good
     state has then been handed to `on_round` already.
     """
-    strategy.method_state, strategy.base = state.method_state, state.base
+    strategy.memory = ServerMemory(state.manifest, state.method_state, state.base)
     strategy.client_rounds = state.client_rounds
     strategy.members = members.ready()
     arrays = to_arrays(state.params)
@@ -96,8 +97,9 @@ def run_rounds(
         arrays, record = _run_round(grid, strategy, plan, state, number, arrays, members)
         state.round = number
         state.params = params_of(arrays)
-        state.method_state, state.base = strategy.method_state, strategy.base
-        state.manifest = strategy.manifest
+        memory = strategy.memory
+        state.manifest, state.method_state = memory.manifest, memory.method_state
+        state.base = memory.base
         loss = record["eval_loss"]
         if loss is not None and (not state.best or loss < state.best["eval_loss"]):
             state.best = {"round": number, "eval_loss": loss}
@@ -133,6 +135,7 @@ def _run_round(
     members: Membership,
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     started, traffic = time.perf_counter(), Traffic()
+    pending = strategy.pending
     failures: list[dict[str, Any]] = []
     while True:
         attempt = len(failures) + 1
@@ -142,6 +145,7 @@ def _run_round(
         replies = grid.send_and_receive(
             strategy.configure_train(number, arrays, ConfigRecord(), grid.grid),
             timeout=plan.round_timeout_s,
+            pending=pending,
         )
         new, _ = strategy.aggregate_train(number, replies)
         outcome = strategy.outcome
@@ -157,7 +161,7 @@ def _run_round(
                 f"round {number} failed {len(failures)} times: {failures[-1]['reason']}; the last "
                 "good adapter is in place. Fix the clients, or allow fewer with --min_replies."
             )
-    state.client_rounds.update(dict.fromkeys(outcome.accepted, number))
+    state.client_rounds.update(outcome.rounds)
     wait_s = max(0.0, grid.wait_s - outcome.train_s)
     metrics, evaluate_s = _evaluate(grid, strategy, plan, number, new)
     last = state.history[-1]
@@ -177,7 +181,7 @@ def _run_round(
         "client_drift": outcome.client_drift,
         "residual": outcome.residual,
         "residual_fedavg": outcome.residual_fedavg,
-        **_base(strategy.base),
+        **_base(strategy.memory.base),
         "time": {
             "train": round(outcome.train_s, 4),
             "wait": round(wait_s, 4),

@@ -120,6 +120,9 @@ class Correction:
     control: bool = False
 
 
+Params = Mapping[str, Tensor]
+
+
 class Fold(Protocol):
     """Consumes replies one at a time; only robust rules keep them (`kept.py`)."""
 
@@ -167,6 +170,21 @@ class Method:
     def fold(self, now: Round = ANY_ROUND) -> Fold:
         """A fresh fold for one round."""
         return RunningMean()
+
+    def buffer(self, clients: int) -> int:
+        """Updates that end a round while others are under way; 0: the round waits for all."""
+        return 0
+
+    def rebase(self, new: Params, start: Params, now: Params, age: int) -> Mapping[str, Tensor]:
+        """A late update as if its client had started from the present global parameters.
+
+        Args:
+            new: what came back.
+            start: what the client had started from.
+            now: the present global parameters.
+            age: rounds that have ended since.
+        """
+        return new
 
     def server_rate(self, stats: Sequence[ClientStats]) -> float:
         """Factor on (fold's result - old parameters), from the stats of all folded updates."""

@@ -73,6 +73,20 @@ class Combined(Method):
         """The rule's."""
         return self.rule.fold(now)
 
+    def buffer(self, clients: int) -> int:
+        """The rule's."""
+        return self.rule.buffer(clients)
+
+    def rebase(
+        self,
+        new: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        now: Mapping[str, Tensor],
+        age: int,
+    ) -> Mapping[str, Tensor]:
+        """The rule's."""
+        return self.rule.rebase(new, start, now, age)
+
     def server_rate(self, stats: Sequence[ClientStats]) -> float:
         """The rule's."""
         return self.rule.server_rate(stats)

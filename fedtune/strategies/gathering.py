@@ -8,12 +8,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedtune.adapters import Manifest
 from fedtune.strategies.base import ClientStats, Method, Round
+from fedtune.strategies.lora.names import is_lora_a, is_lora_b
 from fedtune.strategies.mean import RunningMean
 from fedtune.strategies.residuals import Certificate
 from fedtune.strategies.updates import Update
 
-__all__ = ["Gathering", "squared_distance"]
+__all__ = ["Gathering", "certifies", "squared_distance"]
+
+# A method that is not for LoRA keeps the factors for the residuals up to this many (32 MB in fp32):
+# they are a figure beside the mean, which itself needs no more memory for more clients.
+CERTIFIED_VALUES = 8_000_000
 
 
 class Gathering:
@@ -23,8 +29,7 @@ class Gathering:
         now: the round.
         static: frozen tensors that every client has.
         certified: whether the factors are kept for the residuals.
-        same_coordinates: whether a parameter means the same before and after the round, and at all
-            clients, so that distances between them have a meaning.
+        same_ranks: whether all clients, and the global parameters, have the same.
     """
 
     def __init__(
@@ -34,23 +39,34 @@ class Gathering:
         static: Mapping[str, Tensor],
         *,
         certified: bool,
-        same_coordinates: bool,
+        same_ranks: bool,
     ) -> None:
-        self._method, self._static = method, static
+        self._method, self._now, self._static = method, now, static
         self.fold = method.fold(now)
         self.control = RunningMean()
         self.certificate = Certificate(now.scaling) if certified else None
-        self.spread = Spread() if same_coordinates else None
+        # A distance has a meaning where a parameter means the same before and after the round.
+        self.spread = Spread() if same_ranks and not method.properties.refactors else None
         self.stats: list[ClientStats] = []
 
-    def add(self, update: Update, start: Mapping[str, Tensor]) -> None:
-        """Fold one client's update in; `start` is what it was sent.
+    @property
+    def has_control(self) -> bool:
+        """Whether control variates came in."""
+        correction = self._method.correction()
+        return correction is not None and correction.control
+
+    def add(self, update: Update, start: Mapping[str, Tensor], age: int = 0) -> None:
+        """Fold one client's update in.
+
+        Args:
+            start: what it was sent.
+            age: rounds that have ended since then.
 
         Raises:
             ManifestError: the method cannot use it.
         """
         weight = self._method.weigh(update.stats)
-        self.fold.add(update.params, weight)
+        self.fold.add(self._method.rebase(update.params, start, self._now.reference, age), weight)
         self.stats.append(update.stats)
         if update.control_change:
             self.control.add(update.control_change, self._method.share(update.stats))
@@ -58,6 +74,15 @@ class Gathering:
             self.certificate.add({**self._static, **start, **update.params}, weight)
         if self.spread is not None:
             self.spread.add(squared_distance(update.params, start), weight)
+
+
+def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
+    """Whether the residuals of a round are worth keeping its factors."""
+    entries = manifest.entries
+    lora = [name for name in entries if is_lora_a(name) or is_lora_b(name)]
+    values = clients * sum(math.prod(entries[name].shape) for name in lora)
+    for_lora = method.properties.variants is not None
+    return bool(lora) and (for_lora or values <= CERTIFIED_VALUES)
 
 
 class Spread:

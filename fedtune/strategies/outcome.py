@@ -26,12 +26,15 @@ class Outcome:
     client_drift: float | None = None
     residual: float | None = None
     residual_fedavg: float | None = None
+    rounds: dict[str, int] = field(default_factory=dict)  # that the accepted updates are of
 
-    def take(self, client: str, update: Update) -> None:
-        """Note an accepted update."""
+    def take(self, client: str, update: Update, client_round: int) -> None:
+        """Note an accepted update, of this round or of an earlier one."""
+        self.rounds[client] = client_round
         self.replies.append(
             {
                 "client": client,
+                "round": client_round,
                 "examples": update.stats.num_examples,
                 "tokens": update.stats.num_tokens,
                 "steps": update.stats.num_steps,
@@ -40,11 +43,6 @@ class Outcome:
             }
         )
         self.train_s += update.train_s
-
-    @property
-    def accepted(self) -> list[str]:
-        """Names of the clients whose updates were folded."""
-        return [str(reply["client"]) for reply in self.replies]
 
     def total(self, key: str) -> int:
         """Sum of a count over the accepted replies."""

@@ -29,6 +29,8 @@ def _server_optimizer(rule: Method) -> str | None:
 
 def _control_variates(rule: Method) -> str | None:
     has = rule.properties
+    if type(rule).buffer is not Method.buffer:
+        return "control variates of late updates are gradients at other parameters"
     if has.refactors:
         return "its control variates are gradients of factors that the rule replaces by others"
     if has.mixed_ranks:

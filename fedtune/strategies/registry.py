@@ -14,6 +14,7 @@ from fedtune.strategies.combined import Combined
 from fedtune.strategies.diloco import DiLoCo
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
+from fedtune.strategies.fedbuff import FedBuff
 from fedtune.strategies.fednova import FedNova
 from fedtune.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedtune.strategies.fedprox import FedProx
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "fedprox": FedProx,
     "scaffold": Scaffold,
     # rules: how updates become one
+    "fedbuff": FedBuff,
     "fednova": FedNova,
     "krum": Krum,
     "median": Median,

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -19,15 +20,11 @@ from torch import Tensor
 from fedtune.adapters import Manifest
 from fedtune.config import sampled_clients
 from fedtune.errors import ManifestError
+from fedtune.strategies.advance import ServerMemory, advance
 from fedtune.strategies.base import Method, Round
-from fedtune.strategies.gathering import Gathering, squared_distance
-from fedtune.strategies.lora.cumulative import Cumulative
-from fedtune.strategies.lora.factors import Factors
-from fedtune.strategies.lora.manifests import at_ranks, rank_total, ranks_in, ranks_of
-from fedtune.strategies.lora.names import is_lora_a, is_lora_b
-from fedtune.strategies.mean import toward
+from fedtune.strategies.gathering import Gathering, certifies, squared_distance
+from fedtune.strategies.lora.manifests import rank_total, ranks_of
 from fedtune.strategies.outcome import Outcome, needed_replies, sample_clients
-from fedtune.strategies.scaffold import next_control
 from fedtune.strategies.scoring import mean_scores
 from fedtune.strategies.updates import (
     Expected,
@@ -44,12 +41,17 @@ __all__ = ["FedStrategy"]
 
 log = logging.getLogger(__name__)
 
-MethodState = dict[str, dict[str, Tensor]]
 
-CONTROL = "control"  # SCAFFOLD's c among what is kept for a parameter
-# A method that is not for LoRA keeps the factors for the residuals up to this many (32 MB in fp32):
-# they are a figure beside the mean, which itself needs no more memory for more clients.
-CERTIFIED_VALUES = 8_000_000
+class Flight(NamedTuple):
+    """A round under way at a client.
+
+    Attributes:
+        views: of the global parameters that it was sent.
+    """
+
+    task: RoundTask
+    views: Views
+    node: int
 
 
 class FedStrategy(Strategy):
@@ -57,7 +59,7 @@ class FedStrategy(Strategy):
 
     Args:
         method: what to compute.
-        manifest: of the global parameters; its ranks may change with a round.
+        manifest: of the global parameters.
         static: frozen tensors that every client has.
         fraction_train: share of the clients asked in a round.
         min_replies: good updates needed: a number, a fraction of those asked, or None for all.
@@ -66,8 +68,8 @@ class FedStrategy(Strategy):
         ttl_s: how long a message may wait for its client; infinite when there is no limit.
         pooled: whether one client's held-out rows are those of all.
 
-    Set `members` to who takes part before each use, and `client_rounds` to the last round in which
-    each one's update was taken.
+    Set `members` to who takes part before each use. `memory` is what the server keeps,
+    `client_rounds` the last round of each client whose update was taken.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class FedStrategy(Strategy):
         pooled: bool = True,
     ) -> None:
         self.method = method
-        self.manifest = manifest
+        self.memory = ServerMemory(manifest)
         self.static = static or {}
         self.fraction_train = fraction_train
         self.min_replies = min_replies
@@ -94,11 +96,11 @@ class FedStrategy(Strategy):
         self.pooled = pooled
         self.members: list[Member] = []
         self.scores: list[dict[str, float | str]] = []
-        self.method_state: MethodState = {}
-        self.base = Cumulative()
         self.client_rounds: Mapping[str, int] = {}
         self.tasks: dict[str, RoundTask] = {}
         self.outcome = Outcome(asked=[])
+        self.pending: set[str] = set()  # ids of messages under way
+        self._flights: dict[str, Flight] = {}
         self._global: dict[str, Tensor] = {}
         self._views = Views({}, ArrayRecord(), "")
 
@@ -112,15 +114,27 @@ class FedStrategy(Strategy):
         log.info("method %s over %d clients", self.method, len(self.clients))
 
     @property
+    def manifest(self) -> Manifest:
+        """Of the global parameters."""
+        return self.memory.manifest
+
+    @property
     def needed(self) -> int:
         """Good updates that the round needs, by `min_replies` and by the method."""
         asked = needed_replies(self.min_replies, len(self.outcome.asked))
         return max(asked, self.method.least_updates())
 
+    @property
+    def buffer(self) -> int:
+        """Updates after which the round is over while others are under way; 0 to wait for all."""
+        return self.method.buffer(sampled_clients(self.fraction_train, len(self.members)))
+
     def sample(self, server_round: int, attempt: int) -> list[str]:
-        """Names of the clients asked in this attempt of a round, sorted."""
-        count = sampled_clients(self.fraction_train, len(self.clients))
-        return sample_clients(self.clients.values(), count, f"{self.seed}/{server_round}/{attempt}")
+        """Names of the clients asked in this attempt of a round, sorted; the busy ones are not."""
+        count = sampled_clients(self.fraction_train, len(self.clients)) - len(self._flights)
+        idle = set(self.clients.values()) - self._flights.keys()
+        key = f"{self.seed}/{server_round}/{attempt}"
+        return sample_clients(idle, min(count, len(idle)), key)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -128,9 +142,11 @@ class FedStrategy(Strategy):
         """One message per client in `tasks`; equal parameter records are shared."""
         self._take(arrays, server_round)
         members = {member.name: member for member in self.members}
-        base = to_arrays(self.base.tensors()) if self.base.terms else None
-        control = to_arrays(self._control()) if self._has_control else None
-        self.outcome = Outcome(asked=sorted(self.tasks))
+        control = to_arrays(self.memory.control) if self._has_control else None
+        base = self._base()
+        for name, task in self.tasks.items():
+            self._flights[name] = Flight(task, self._views, members[name].node)
+        self.outcome = Outcome(asked=sorted(self._flights))
         return [
             Message(
                 pack(
@@ -157,7 +173,6 @@ class FedStrategy(Strategy):
         """
         outcome, gathering = self.outcome, self._gathering(server_round)
         members = {member.node: member for member in self.members}
-        silent = {name: node for node, name in self.clients.items() if name in self.tasks}
         lost: list[str] = []
         for message in replies:
             node = message.metadata.src_node_id
@@ -166,31 +181,42 @@ class FedStrategy(Strategy):
             if message.has_error() and not member:  # the server's, for a lost node
                 lost.append(one_line(message.error.reason))
                 continue
-            if member is None or silent.pop(name, None) is None:
+            flight = self._flights.pop(name, None)
+            if member is None or flight is None:
                 outcome.refused.append(Refusal(node, name, "not asked, or answered twice"))
                 continue
             started = time.perf_counter()
             try:
-                update = read_update(message, self._expected(member))
-                gathering.add(update, self._views.params(member.manifest))
+                update = read_update(message, self._expected(flight.task, member))
+                age = server_round - flight.task.round
+                gathering.add(update, flight.views.params(member.manifest), age)
             except (UpdateRefusedError, ManifestError) as error:
                 outcome.refused.append(Refusal(node, name, one_line(str(error))))
                 log.warning("round %d: refused %s: %s", server_round, name, error)
                 continue
             finally:
                 del message
-            outcome.take(name, update)
+            outcome.take(name, update, flight.task.round)
             outcome.aggregate_s += time.perf_counter() - started
-            del update
-        for name, node in sorted(silent.items()):
-            why = lost.pop() if lost else "no reply within the round's time limit"
-            outcome.refused.append(Refusal(node, name, why))
-        if len(outcome.replies) < self.needed:
+            del update, flight
+            if len(outcome.replies) == self.buffer:
+                break
+        else:
+            self._give_up(lost)
+        if len(outcome.replies) < (self.buffer or self.needed):
             return None, None
         started = time.perf_counter()
         arrays = to_arrays(self._advance(gathering))
         outcome.aggregate_s += time.perf_counter() - started
         return arrays, MetricRecord({"num-examples": outcome.total("examples")})
+
+    def _give_up(self, lost: list[str]) -> None:
+        """Wait no more for those under way."""
+        for name, flight in sorted(self._flights.items()):
+            why = lost.pop() if lost else "no reply within the round's time limit"
+            self.outcome.refused.append(Refusal(flight.node, name, why))
+        self._flights.clear()
+        self.pending.clear()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -201,13 +227,10 @@ class FedStrategy(Strategy):
         keep nothing of their own.
         """
         self._take(arrays, server_round + 1)
-        base = to_arrays(self.base.tensors()) if self.base.terms else None
-        scorers = [member for member in self.members if member.evaluates]
+        base = self._base()
         personal = self.personal
-        if self.pooled and not personal:
-            scorers = sorted(scorers, key=lambda m: (-_size(m.manifest), m.name))[:1]
         messages = []
-        for member in scorers:
+        for member in self._scorers():
             task = EvaluateTask(
                 run=self.run_id,
                 round=server_round,
@@ -231,6 +254,13 @@ class FedStrategy(Strategy):
         mean, self.scores = mean_scores(server_round, replies, self.clients, needed=scored)
         return mean
 
+    def _scorers(self) -> list[Member]:
+        able = [member for member in self.members if member.evaluates]
+        idle = [member for member in able if member.name not in self._flights] or able
+        if not self.pooled or self.personal:
+            return idle
+        return sorted(idle, key=lambda m: (-rank_total(m.manifest or self.manifest), m.name))[:1]
+
     # What the method asks for.
 
     def frozen(self, server_round: int) -> list[str]:
@@ -248,12 +278,6 @@ class FedStrategy(Strategy):
         correction = self.method.correction()
         return correction is not None and correction.control
 
-    def _control(self) -> dict[str, Tensor]:
-        """The control variate c; a name without one is at zero."""
-        return {
-            name: state[CONTROL] for name, state in self.method_state.items() if CONTROL in state
-        }
-
     def _take(self, arrays: ArrayRecord, server_round: int) -> None:
         self._global = params_of(arrays)
         self._views = Views(self._global, arrays, f"{self.seed}/{server_round}")
@@ -262,9 +286,12 @@ class FedStrategy(Strategy):
         """What a member gets: personal tensors only until it has its own."""
         return self._views.record(member.manifest, self.personal if resume_round else ())
 
-    def _expected(self, member: Member) -> Expected:
-        task, manifest = self.tasks[member.name], member.manifest or self.manifest
-        stays = {*task.frozen, *task.personal}
+    def _base(self) -> ArrayRecord | None:
+        base = self.memory.base
+        return to_arrays(base.tensors()) if base.terms else None
+
+    def _expected(self, task: RoundTask, member: Member) -> Expected:
+        manifest, stays = member.manifest or self.manifest, {*task.frozen, *task.personal}
         sent = {name: entry for name, entry in manifest.entries.items() if name not in stays}
         return Expected(
             task.round, replace(manifest, entries=sent), task.manifest, control=self._has_control
@@ -275,54 +302,27 @@ class FedStrategy(Strategy):
         held = [ranks_of(manifest) for manifest in (*manifests, self.manifest)]
         most = {name: max(ranks[name] for ranks in held) for name in held[-1]}
         now = Round(server_round, self._global, self.manifest.scaling, rank=most)
-        same = not self.method.properties.refactors and all(ranks == held[-1] for ranks in held)
+        personal = bool(self.personal)  # the server never sees that
         return Gathering(
-            self.method, now, self.static, certified=self._certified(), same_coordinates=same
+            self.method,
+            now,
+            self.static,
+            certified=not personal and certifies(self.method, self.manifest, len(self._flights)),
+            same_ranks=all(ranks == held[-1] for ranks in held),
         )
 
-    def _certified(self) -> bool:
-        """Whether the factors of all updates are kept for the residuals."""
-        entries = self.manifest.entries
-        lora = [name for name in entries if is_lora_a(name) or is_lora_b(name)]
-        if not lora or self.personal:  # the server never sees what is personal
-            return False
-        values = len(self.tasks) * sum(math.prod(entries[name].shape) for name in lora)
-        return self.method.properties.variants is not None or values <= CERTIFIED_VALUES
-
     def _advance(self, gathering: Gathering) -> dict[str, Tensor]:
-        """The new global parameters; all that the strategy keeps moves with them."""
-        result = gathering.fold.result()
-        terms: Mapping[str, Factors] = getattr(gathering.fold, "base", {})
-        before, self.base = self.base, self.method.cumulate(self.base, terms)
-        rate = self.method.server_rate(gathering.stats)
-        control = self._next_control(gathering)
-        stepped: dict[str, Tensor] = dict(self._global)
-        state: MethodState = {name: dict(kept) for name, kept in self.method_state.items()}
-        for name, value in toward(self._global, result, rate).items():
-            memory = {key: kept for key, kept in state.get(name, {}).items() if key != CONTROL}
-            stepped[name], state[name] = self.method.step(self._global[name], value, memory)
-        for name, value in control.items():
-            state.setdefault(name, {})[CONTROL] = value
-        self.method_state = state
-        self.manifest = at_ranks(self.manifest, ranks_in(stepped))
+        result, before = gathering.fold.result(), self.memory.base
+        share = len(gathering.stats) / len(self.members)
+        new, self.memory = advance(
+            self.method, self._global, self.memory, gathering, result, share=share
+        )
+        outcome, added = self.outcome, self.memory.base.change_since(before)
         if gathering.spread is not None:
-            drift = gathering.spread.around(squared_distance(result, self._global))
-            self.outcome.client_drift = drift
-            self.outcome.update_norm = math.sqrt(squared_distance(stepped, self._global))
+            outcome.client_drift = gathering.spread.around(squared_distance(result, self._global))
+            outcome.update_norm = math.sqrt(squared_distance(new, self._global))
         if gathering.certificate is not None:
             merged = {**self.static, **self._global, **result}
-            self.outcome.residual, self.outcome.residual_fedavg = gathering.certificate.residuals(
-                merged, self.base.change_since(before)
-            )
-        return stepped
-
-    def _next_control(self, gathering: Gathering) -> dict[str, Tensor]:
-        control = self._control()
-        if self._has_control:
-            share = len(gathering.stats) / len(self.members)
-            control |= next_control(control, gathering.control.result(), share)
-        return control
-
-
-def _size(manifest: Manifest | None) -> int:
-    return rank_total(manifest) if manifest else 0
+            errors = gathering.certificate.residuals(merged, added)
+            outcome.residual, outcome.residual_fedavg = errors
+        return new

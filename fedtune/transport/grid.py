@@ -68,14 +68,20 @@ class EagerGrid:
         self.wait_s += self.poll_interval_s
 
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        pending: set[str] | None = None,
     ) -> Iterator[Message]:
         """Push all messages, then yield replies as they arrive.
 
         Ends when every message is answered or after `timeout` seconds; who has not answered by
-        then is for the caller to work out from the node ids of the replies.
+        then is for the caller to work out from the node ids of the replies. `pending` are ids of
+        earlier messages whose replies are waited for too; those without one are left in it.
         """
-        pending = set(self.push(messages))
+        pending = set() if pending is None else pending
+        pending |= set(self.push(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
         while pending:
             idle = True

@@ -1,6 +1,6 @@
 """The trainer's end of the site's socket: takes requests, remembers replies, survives its peers.
 
-    relay --- Unix socket --- one thread per connection --- queue --- main thread (the Trainer)
+    relay --- Unix socket (`door.py`) --- threads --- queue --- main thread (the Trainer)
 
 Threads only move bytes. The main thread takes one request at a time and may be busy for a whole
 round; its reply is on disk before anyone sees it, so that a peer that left, or a trainer that was
@@ -10,24 +10,19 @@ killed and started again, finds it there: nothing is done twice.
 from __future__ import annotations
 
 import atexit
-import fcntl
 import logging
 import os
 import queue
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import IO
-from weakref import WeakSet
+from contextlib import suppress
+from multiprocessing.connection import Connection
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.errors import ConfigError, FrameError, RoundError
+from fedtune.client.door import Door
+from fedtune.errors import FrameError, RoundError
 from fedtune.files import write_bytes
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.frames import MAX_FRAME_BYTES, Frame, decode, encode, request_key
@@ -39,9 +34,7 @@ log = logging.getLogger(__name__)
 PING, TRAIN = "ping", "train"
 KEPT_REPLIES = 6  # plan, setup and two rounds
 BEAT_S = 20.0  # how often a wait gives a sign of life
-SILENCE_S = 60.0  # a peer that is there moves at least one byte in this time
 GOODBYE_S = 5.0  # what a peer has to read the last reply
-TIMEVAL = struct.Struct("@ll")
 
 
 class Request:
@@ -92,25 +85,19 @@ class Session:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        folder.check_length()
+        self._door = Door(folder, self._converse)
         self.folder = folder
-        self._authkey = folder.authkey
         self._queue: queue.Queue[Request] = queue.Queue()
         self._requests: dict[str, Request] = {}
         self._changed = threading.Condition()
-        self._connections: set[Connection] = set()
         self._busy = 0  # connections that wait for an answer or are being sent one
         self._heard = time.monotonic()
         self._over = ""
-        self._warned = self._closed = False
         self._status: dict[str, str | int | float] = {}
-        self._lock = _own(folder)
         folder.replies.mkdir(mode=0o700, exist_ok=True)
-        self._listener = _bind(folder)
-        _sessions.add(self)
         atexit.register(self.close)
         self.say("starting")
-        threading.Thread(target=self._accept, name="fedtune-session", daemon=True).start()
+        self._door.open()
 
     def next(self, timeout_s: float, beat: Callable[[], None] | None = None) -> Request:
         """The next request; `beat` is called now and then while there is none.
@@ -154,57 +141,14 @@ class Session:
 
     def close(self, reason: str = "the site's trainer has ended") -> None:
         """Refuse what is unanswered with `reason`, let peers read it, and free the folder."""
-        if self._closed:
+        if self._door.closed:
             return
-        self._closed = True
+        self._door.close()
         atexit.unregister(self.close)
-        # First the door: whoever comes from now on waits for the next trainer.
-        self.folder.socket.unlink(missing_ok=True)
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the listening thread
-        self._listener.close()
         self.end(self._over or reason)
         with self._changed:
             self._changed.wait_for(lambda: not self._busy, GOODBYE_S)
-        self._lock.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                time.sleep(0.1)  # out of file descriptors, say
-                continue
-            raw.setblocking(True)
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                raw.setsockopt(socket.SOL_SOCKET, option, TIMEVAL.pack(int(SILENCE_S), 0))
-            connection = Connection(raw.detach())
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: Connection) -> None:
-        self._connections.add(connection)
-        try:
-            with closing(connection), suppress(EOFError, OSError):  # the peer may leave at any time
-                if self._admit(connection):
-                    self._converse(connection)
-        finally:
-            self._connections.discard(connection)
-
-    def _admit(self, connection: Connection) -> bool:
-        """Whether the peer knows the key; it learns that we do."""
-        try:
-            deliver_challenge(connection, self._authkey)
-            answer_challenge(connection, self._authkey)
-        except (AuthenticationError, AssertionError, OSError, EOFError) as problem:
-            if not self._warned:
-                self._warned = True
-                log.warning(
-                    "%s: a peer without the key was refused (%s)", self.folder.socket, problem
-                )
-            return False
-        return True
+        self._door.release()
 
     def _converse(self, connection: Connection) -> None:
         try:
@@ -261,50 +205,6 @@ class Session:
                 except OSError as error:
                     log.warning("%s: reply not kept (%s)", self.folder.replies, error)
             self._requests.pop(request.key, None)
-
-    def _let_go(self) -> None:
-        """In a forked child: hold nothing that would keep the folder owned or a peer waiting."""
-        self._closed = True
-        self._lock.close()
-        self._listener.close()
-        for connection in self._connections:
-            with suppress(OSError):
-                connection.close()
-
-
-_sessions: WeakSet[Session] = WeakSet()
-
-
-def _after_fork() -> None:
-    for session in list(_sessions):
-        session._let_go()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _own(folder: RunFolder) -> IO[bytes]:
-    """The lock of the folder, held as long as the file is open."""
-    handle = folder.lock.open("ab")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise ConfigError(
-            f"run {folder.path.name}: expected one Trainer per run and site, received a second "
-            f"one; the first one owns {folder.socket}. Call fedtune.unpatch on it first, or stop "
-            "its process."
-        ) from None
-    return handle
-
-
-def _bind(folder: RunFolder) -> socket.socket:
-    """Bind the socket; one that a killed trainer left is replaced, which the lock makes safe."""
-    folder.socket.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder.socket))
-    listener.listen(16)
-    return listener
 
 
 def _prune(folder: RunFolder) -> None:

@@ -2,80 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import http.client
 import json
 import os
 import shutil
-import socket
-import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedtune.deploy.certs import ca_certificate
+from fedtune.deploy.address import Address, probe
 from fedtune.deploy.parent import die_with_parent
 from fedtune.deploy.processes import COLOURS
+from fedtune.deploy.roles import ca_certificate
 from fedtune.errors import ConfigError, DeployError
-from fedtune.files import read_json, write_json
 
-__all__ = [
-    "Address",
-    "Connection",
-    "flower_environment",
-    "flower_program",
-    "known_runs",
-    "probe",
-    "remember_run",
-]
+__all__ = ["Connection", "flower_environment", "flower_program"]
 
 NAME = "fedtune"  # of the connection in the private config.toml
-HEALTH = "/health"
-PROBE_S = 5.0
 COMMAND_S = 120.0  # Flower's own requests give up after 30 s
-KEPT_RUNS = 200
 SAID = 500  # characters of what Flower says
 PREAMBLE = ("Using SuperLink: ", "INFO ")
-HOSTNAME_MISMATCH, IP_MISMATCH, EXPIRED = 62, 64, 10  # OpenSSL's X509_V_ERR_*
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a SuperLink listens."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """From `HOST:PORT` or `[IPV6]:PORT`; raises ConfigError."""
-        host, colon, port = text.rpartition(":")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        plain = bare == host and ":" in host
-        number = int(port) if port.isascii() and port.isdigit() else 0
-        if not (colon and bare) or plain or "/" in bare or not 0 < number < 65536:
-            raise ConfigError(
-                f"--superlink: expected HOST:PORT, received {text}. Example: 127.0.0.1:8000."
-            )
-        return cls(bare, number)
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
 
 
 class Connection:
@@ -212,93 +160,6 @@ def flower_program(name: str) -> str:
     return found
 
 
-def probe(
-    address: Address,
-    ca: Path | None,
-    *,
-    path: str = HEALTH,
-    timeout_s: float = PROBE_S,
-) -> None:
-    """Ask for `path` once, with TLS when `ca` is given.
-
-    Raises:
-        DeployError: what is wrong there, and what to do about it.
-    """
-    what = f"superlink {address}"
-    connection: http.client.HTTPConnection
-    try:
-        if ca is None:
-            connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
-        else:
-            context = ssl.create_default_context(cafile=str(ca))
-            connection = http.client.HTTPSConnection(
-                address.host, address.port, timeout=timeout_s, context=context
-            )
-        with contextlib.closing(connection):
-            connection.request("GET", path)
-            status = connection.getresponse().status
-    except ssl.SSLCertVerificationError as error:
-        raise DeployError(f"{what}: {_distrust(error, address, ca)}") from None
-    except ssl.SSLError as error:
-        raise DeployError(
-            f"{what}: expected TLS, received none ({error.reason}). Leave out --tls, or start it "
-            "with fedtune up --tls."
-        ) from None
-    except ConnectionRefusedError:
-        raise DeployError(
-            f"{what}: nothing listens there. Start it with fedtune up, or check HOST:PORT."
-        ) from None
-    except socket.gaierror:
-        raise DeployError(f"{what}: the name {address.host} is unknown. Check HOST.") from None
-    except TimeoutError:
-        raise DeployError(
-            f"{what}: no answer in {timeout_s:g} s. Check HOST:PORT and the firewalls between."
-        ) from None
-    except (http.client.HTTPException, ConnectionError):
-        hint = "Pass --tls DIR if it was started with it." if ca is None else "Check HOST:PORT."
-        raise DeployError(f"{what}: it closed the connection without an answer. {hint}") from None
-    except OSError as error:
-        raise DeployError(f"{what}: {error.strerror or error}. Check HOST:PORT.") from None
-    if status != 200:
-        raise DeployError(
-            f"{what}: expected a SuperLink, received HTTP status {status}. Check HOST:PORT."
-        )
-
-
-def remember_run(run: str, output_dir: Path) -> None:
-    """Write down where run `run` leaves its results, for `fedtune status`."""
-    file = _runs_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(file.with_name(".runs.lock")):
-        runs = {**_read_runs(file), run: str(output_dir.absolute())}
-        write_json(file, dict(list(runs.items())[-KEPT_RUNS:]))
-
-
-def known_runs() -> dict[str, Path]:
-    """Run id -> output directory, of the runs submitted by this user on this machine."""
-    return {run: Path(path) for run, path in _read_runs(_runs_file()).items()}
-
-
-def _runs_file() -> Path:
-    home = os.environ.get("FLWR_HOME")
-    return (Path(home) if home else Path.home() / ".fedtune") / "runs.json"
-
-
-def _read_runs(file: Path) -> dict[str, str]:
-    try:
-        runs = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return runs if isinstance(runs, dict) else {}
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def _without_frame(line: str) -> str:
     return COLOURS.sub("", line).strip("\u2502\u256d\u256e\u2570\u256f\u2500 ")
 
@@ -310,17 +171,3 @@ def _tells(line: str) -> bool:
 
 def _toml(path: Path) -> str:
     return json.dumps(str(path.absolute()), ensure_ascii=False)  # a TOML basic string
-
-
-def _distrust(error: ssl.SSLCertVerificationError, address: Address, ca: Path | None) -> str:
-    if error.verify_code in (HOSTNAME_MISMATCH, IP_MISMATCH):
-        return (
-            f"its certificate is not for {address.host}. Add it with fedtune certs DIR --host "
-            f"{address.host}, and start the SuperLink again."
-        )
-    if error.verify_code == EXPIRED:
-        return "its certificate has expired. Run fedtune certs DIR again."
-    return (
-        f"its certificate was not signed by {ca} ({error.verify_message}). Use folders of the same "
-        "fedtune certs DIR."
-    )

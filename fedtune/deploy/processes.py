@@ -1,19 +1,8 @@
-"""Start named processes with their logs in files, watch them, and leave none behind.
-
-Flower's programs start others in sessions of their own, and some of those outlive their parents.
-So a part is more than one process: all that carry its mark in their environment, all in its
-session, and all descendants of these.
-
-When the supervisor is killed outright, the kernel kills its parts (`parent.py`). That is not
-enough: a Flower ServerApp that waits for something outlives the SuperLink that started it. So a
-small process beside the supervisor, the sweeper, waits for its end and then kills all that carry
-its mark.
-"""
+"""Start named processes with their logs in files, watch them, and leave none behind."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import secrets
@@ -33,18 +22,14 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from fedtune.deploy import parent
-from fedtune.deploy.parent import die_with_parent
+from fedtune.deploy.family import GIVE_UP_S, MARK, POLL_S, family, start_sweeper, subreaper
 from fedtune.errors import ConfigError, DeployError
 
-__all__ = ["Part", "Stopped", "Supervisor", "die_with_parent", "free_port"]
+__all__ = ["Part", "Stopped", "Supervisor", "free_port"]
 
-MARK = "FEDTUNE_PARTS"  # environment of a part: SUPERVISOR/PART, after those of outer supervisors
-POLL_S, SWEEP_S = 0.05, 0.2
-GIVE_UP_S = 20.0  # after SIGKILL; only a process stuck in the kernel takes longer
 TAIL_LINES, TAIL_BYTES = 5, 8192
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
-PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 
 
 class Stopped(SystemExit):
@@ -133,8 +118,8 @@ class Supervisor:
             raise ConfigError(
                 f"{self.directory}: cannot be made: {error.strerror}. Choose another directory."
             ) from None
-        self._was_subreaper = _subreaper(True)
-        self._sweeper = _start_sweeper(self._token)
+        self._was_subreaper = subreaper(True)
+        self._sweeper = start_sweeper(self._token)
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) is signal.SIG_DFL:
@@ -153,7 +138,7 @@ class Supervisor:
             if self._sweeper is not None:
                 self._sweeper.kill()
                 self._sweeper.wait()
-        _subreaper(self._was_subreaper)
+        subreaper(self._was_subreaper)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -234,17 +219,17 @@ class Supervisor:
         """SIGTERM to all, SIGKILL to what is left after the grace, until nothing is."""
         started = time.monotonic()
         told: set[psutil.Process] = set()
-        while family := self._family(parts):
+        while living := self._family(parts):
             waited = time.monotonic() - started
             if waited > self.grace_s + GIVE_UP_S:
-                raise DeployError(f"processes {[p.pid for p in family]}: SIGKILL did not end them.")
-            for process in family:
+                raise DeployError(f"processes {[p.pid for p in living]}: SIGKILL did not end them.")
+            for process in living:
                 with contextlib.suppress(psutil.Error):
                     if waited > self.grace_s:
                         process.kill()
                     elif process not in told:
                         process.terminate()
-            told.update(family)
+            told.update(living)
             time.sleep(POLL_S)
         for part in parts:
             part.process.wait()
@@ -255,7 +240,7 @@ class Supervisor:
     def _family(self, parts: Sequence[Part]) -> list[psutil.Process]:
         for part in parts:
             part.process.poll()
-        return _family({part.mark for part in parts}, {part.pid for part in parts})
+        return family({part.mark for part in parts}, {part.pid for part in parts})
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -264,38 +249,6 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket(family) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def _family(marks: set[str], sessions: set[int]) -> list[psutil.Process]:
-    """Living processes with one of the marks or in one of the sessions, and their descendants."""
-    found: dict[psutil.Process, None] = {}
-    for process in psutil.process_iter():
-        if process.pid != os.getpid() and _belongs(process, marks, sessions):
-            found.update(dict.fromkeys(_with_descendants(process)))
-    return [process for process in found if _lives(process)]
-
-
-def _belongs(process: psutil.Process, marks: set[str], sessions: set[int]) -> bool:
-    try:
-        if os.getsid(process.pid) in sessions:
-            return True
-        carried = process.environ().get(MARK, "").split(":")
-    except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
-        return False
-    return any(mark in marks or mark.partition("/")[0] in marks for mark in carried)
-
-
-def _with_descendants(process: psutil.Process) -> Iterator[psutil.Process]:
-    yield process
-    with contextlib.suppress(psutil.Error):
-        yield from process.children(recursive=True)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -318,44 +271,8 @@ def _deaf() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _subreaper(wanted: bool) -> bool:
-    """Whether orphaned descendants become children of this process; returns what was before."""
-    if sys.platform != "linux":
-        return False
-    libc = ctypes.CDLL(None)
-    before = ctypes.c_int(0)
-    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
-    return bool(before.value)
-
-
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _start_sweeper(token: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__, str(os.getpid()), token],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the supervisor
-    )
-
-
-def _sweep(supervisor: int, token: str) -> None:
-    while os.getppid() == supervisor:
-        time.sleep(SWEEP_S)
-    deadline = time.monotonic() + GIVE_UP_S
-    while (family := _family({token}, set())) and time.monotonic() < deadline:
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        time.sleep(POLL_S)
-
-
-if __name__ == "__main__":
-    _sweep(int(sys.argv[1]), sys.argv[2])

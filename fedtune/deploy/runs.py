@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.deploy.connection import Address, Connection, known_runs
+from fedtune.deploy.address import Address
+from fedtune.deploy.connection import Connection
+from fedtune.deploy.register import known_runs
 from fedtune.deploy.view import RunState, View, render
 from fedtune.errors import ConfigError
 from fedtune.files import read_json

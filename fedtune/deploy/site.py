@@ -14,33 +14,22 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedtune.deploy import certs
-from fedtune.deploy.connection import Address, flower_environment, probe
-from fedtune.deploy.processes import Part, Stopped, Supervisor
-from fedtune.deploy.script import LogLines, Script
+from fedtune.deploy import roles
+from fedtune.deploy.address import Address, absence, probe
+from fedtune.deploy.connection import flower_environment
+from fedtune.deploy.processes import Stopped, Supervisor
+from fedtune.deploy.script import Script
+from fedtune.deploy.site_node import LOOK_S, POLL_S, Say, SiteNode
 from fedtune.errors import ConfigError
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import SiteFolder
 
 __all__ = ["Settings", "add_arguments", "join", "node_command", "run"]
-
-POLL_S = 0.1
-LOOK_S = 2.0  # between looks for a SuperLink that is not there yet
-# What Flower's node prints once the SuperLink has accepted it, and around each reply.
-JOINED, SENDING_END, SENT = "SuperNode ID:", "Sending: query.finish", "Sent successfully"
-REFUSED = "[code: 2004]"  # what it prints when its key is unknown, or connected already
-DELIVER_S = 10.0  # for the node to send its last reply, before --once ends it
-NODE_RESTARTS = 5  # in a row
-NODE_CALM_S = 60.0  # a node that lived this long had no trouble starting
-ASK_AGAIN_S = 30.0  # at most, between attempts of a node whose key is unknown
-NODE_BAD_SETTING = 2  # its exit status when starting it again would not help
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class Settings:
 
     name: str
     superlink: Address
-    tls: certs.SiteFolder | None
+    tls: roles.SiteFolder | None
     command: Sequence[str]
     output_dir: Path
     limits: Limits
@@ -159,9 +148,9 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise ConfigError(f"--{flag}: expected at least 0, received {getattr(args, flag)}.")
     if not args.start_timeout_s > 0:
         raise ConfigError(f"--start_timeout_s: expected seconds, received {args.start_timeout_s}.")
-    tls = None if args.tls is None else certs.site_folder(args.tls.absolute())
+    tls = None if args.tls is None else roles.site_folder(args.tls.absolute())
     name = args.name or (tls.name if tls else _host_name())
-    if not certs.SITE_NAME.fullmatch(name):
+    if not roles.SITE_NAME.fullmatch(name):
         raise ConfigError(
             f"--name: expected up to 32 letters, digits, '_', '-' and '.', received {name}."
         )
@@ -184,7 +173,7 @@ def _host_name() -> str:
 def _await_superlink(settings: Settings, say: Say) -> None:
     """Wait until something listens, and see that it is a SuperLink we may trust."""
     where, told = settings.superlink, False
-    while (problem := _absence(where)) is not None:
+    while (problem := absence(where, timeout_s=LOOK_S)) is not None:
         if not told:
             say(f"waiting for a SuperLink at {where} ({problem})")
         told = True
@@ -192,20 +181,15 @@ def _await_superlink(settings: Settings, say: Say) -> None:
     probe(where, None if settings.tls is None else settings.tls.ca)
 
 
-def _absence(where: Address) -> str | None:
-    """Why nobody answers there, or None; an address that will not do is left to `probe`."""
-    try:
-        socket.create_connection((where.host, where.port), timeout=LOOK_S).close()
-    except (ConnectionError, TimeoutError) as problem:
-        return problem.strerror or str(problem)
-    except OSError:
-        return None
-    return None
-
-
 def _take_part(settings: Settings, site: SiteFolder, parts: Supervisor, say: Say) -> int:
-    environment = flower_environment(site.path / "flower")
-    node = _Node(parts, node_command(settings, site), environment, settings, say)
+    node = SiteNode(
+        parts,
+        node_command(settings, site),
+        flower_environment(site.path / "flower"),
+        superlink=settings.superlink,
+        key=None if settings.tls is None else settings.tls.public,
+        say=say,
+    )
     script: Script | None = None
     try:
         while True:
@@ -239,94 +223,3 @@ def _begin(settings: Settings, site: SiteFolder, parts: Supervisor, say: Say) ->
                 show=lambda line: print(f"{settings.name} | {line}", flush=True),
             )
     return None
-
-
-class _Node:
-    """The process that Flower knows as this site; started again when it ends."""
-
-    def __init__(
-        self,
-        parts: Supervisor,
-        command: Sequence[str | Path],
-        environment: Mapping[str, str],
-        settings: Settings,
-        say: Say,
-    ) -> None:
-        self._parts, self._command, self._environment = parts, command, environment
-        self._superlink, self._tls, self._say = settings.superlink, settings.tls, say
-        self._restarts = 0
-        self._start_at = 0.0
-        self._part: Part | None = None
-        self._joined = self._refused = False  # since it was started
-        self._refusals = 0  # since it was last accepted
-        self._sending_end = self._end_sent = False
-
-    def step(self) -> None:
-        """Look after it once; raises DeployError when it does not stay."""
-        now = time.monotonic()
-        if self._part is None:
-            if now >= self._start_at:
-                self._start(now)
-        elif self._part.status is not None:
-            self._listen(rest=True)
-            self._restart(self._part, now)
-        else:
-            self._listen()
-
-    def deliver(self) -> None:
-        """Let it send that the run has ended here, so that the server need not wonder."""
-        deadline = time.monotonic() + DELIVER_S
-        while not self._end_sent and time.monotonic() < deadline:
-            self.step()
-            time.sleep(POLL_S)
-
-    def _start(self, now: float) -> None:
-        if _absence(self._superlink) is not None:  # it would end at once
-            self._start_at = now + LOOK_S
-            return
-        self._part = self._parts.start("node", self._command, env=self._environment)
-        self._lines = LogLines(self._part.log, self._part.log_start)
-        self._started = now
-        self._joined = self._refused = False
-
-    def _listen(self, *, rest: bool = False) -> None:
-        for line in self._lines.read(rest=rest):
-            if JOINED in line and not self._joined:
-                self._joined, self._refusals = True, 0
-                self._say(f"joined {self._superlink}; waiting for a run")
-            elif REFUSED in line:
-                self._refused = True
-            elif SENDING_END in line:
-                self._sending_end = True
-            elif SENT in line and self._sending_end:
-                self._sending_end, self._end_sent = False, True
-
-    def _restart(self, part: Part, now: float) -> None:
-        if self._refused:
-            self._start_at = now + min(ASK_AGAIN_S, 2.0**self._refusals)
-            self._tell_refused()
-        else:
-            self._start_at = now + 0.5 * 2**self._restarts
-            self._tell_ended(part, now)
-        self._parts.stop(part)
-        self._part = None
-
-    def _tell_refused(self) -> None:
-        self._refusals += 1
-        if self._refusals == 1:
-            key = "this site" if self._tls is None else f"the key {self._tls.public}"
-            self._say(
-                f"not accepted yet: {self._superlink} does not know {key}, or it has joined "
-                "already; trying again"
-            )
-
-    def _tell_ended(self, part: Part, now: float) -> None:
-        if now - self._started > NODE_CALM_S:
-            self._restarts = 0
-        if self._restarts >= NODE_RESTARTS or part.status == NODE_BAD_SETTING:
-            raise part.ended()
-        self._restarts += 1
-        if self._joined and part.status == 0:  # so Flower ends a node that lost its SuperLink
-            self._say(f"connection to {self._superlink} lost; joining again. Log: {part.log}")
-        else:
-            self._say(f"node restarted. {part.ended()}")

@@ -21,9 +21,11 @@ from fedtune.config import (
     RunArguments,
     split_names,
 )
+from fedtune.deploy.address import Address
 from fedtune.deploy.bundle import APP
-from fedtune.deploy.connection import Address, Connection, remember_run
+from fedtune.deploy.connection import Connection
 from fedtune.deploy.follow import follow
+from fedtune.deploy.register import remember_run
 from fedtune.deploy.runs import list_runs
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_json

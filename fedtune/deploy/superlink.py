@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from fedtune.deploy.certs import ServerFolder, server_folder
-from fedtune.deploy.connection import Address, Connection, flower_environment, probe
+from fedtune.deploy.address import Address, probe
+from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.gate import GATE
 from fedtune.deploy.processes import Part, Stopped, Supervisor
+from fedtune.deploy.roles import ServerFolder, server_folder
 from fedtune.errors import ConfigError, DeployError
 
 __all__ = ["SuperLink", "add_arguments", "run", "start_superlink"]

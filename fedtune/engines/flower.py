@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedtune.deploy.connection import Address, Connection, flower_environment
+from fedtune.deploy.address import Address
+from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.follow import follow
 from fedtune.deploy.processes import Part, Supervisor, free_port
 from fedtune.deploy.submit import run_problem, start_run

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import ServerApp
 
 from fedtune.engines._compat import client_failed, set_message_id, task_identity
+from fedtune.transport.grid_base import GridBase
 
 __all__ = ["InlineGrid", "run_inline"]
 
@@ -22,7 +23,7 @@ RUN_ID = 1
 SERVER_NODE = 1
 
 
-class InlineGrid(Grid):
+class InlineGrid(GridBase):
     """A grid of `num_clients` nodes that live in this process."""
 
     def __init__(self, client: ClientApp, num_clients: int) -> None:
@@ -37,17 +38,6 @@ class InlineGrid(Grid):
 
     def set_run(self, run: object) -> None:
         """Nothing to set."""
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Flower's older way to build a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of all nodes."""
@@ -71,13 +61,6 @@ class InlineGrid(Grid):
                 return [self._run(self._queue.pop(message_id))]
         return []
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Run all messages one after the other; replies are yielded, not collected."""
-        for message_id in self.push_messages(messages):
-            yield from self.pull_messages([message_id])
-
     def _run(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
@@ -88,7 +71,7 @@ class InlineGrid(Grid):
 
 
 def run_inline(
-    server: ServerApp, client: ClientApp, num_clients: int, grid: Grid | None = None
+    server: ServerApp, client: ClientApp, num_clients: int, grid: InlineGrid | None = None
 ) -> None:
     """Run a ServerApp against `num_clients` clients in this process, on a grid of one's own."""
     with task_identity(RUN_ID, SERVER_NODE):

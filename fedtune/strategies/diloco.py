@@ -14,15 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.strategies.base import Method, Properties
-from fedtune.strategies.server_step import Memory, server_step
+from fedtune.strategies.server_step import Memory, Moved, ServerOptimizer
 from fedtune.strategies.settings import POSITIVE, SHARE, setting
 
 __all__ = ["DiLoCo"]
 
 
 @dataclass(frozen=True)
-class DiLoCo(Method):
+class DiLoCo(ServerOptimizer):
     """Nesterov outer step.
 
     Attributes:
@@ -33,12 +32,7 @@ class DiLoCo(Method):
     lr: float = setting(0.7, POSITIVE)
     momentum: float = setting(0.9, SHARE)
 
-    properties = Properties(axis="server_optimizer")
-
-    def step(self, old: Tensor, new: Tensor, state: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """Move by the delta and by the momentum it has just joined."""
-        return server_step(self._move, old, new, state)
-
-    def _move(self, delta: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def move(self, delta: Tensor, memory: Memory) -> Moved:
+        """The delta and the momentum it has just joined."""
         momentum = self.momentum * memory.get("momentum", torch.zeros_like(delta)) + delta
         return self.lr * (delta + self.momentum * momentum), {"momentum": momentum}

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.strategies.base import Method, Properties
-from fedtune.strategies.server_step import Memory, server_step
+from fedtune.strategies.server_step import Memory, Moved, ServerOptimizer
 from fedtune.strategies.settings import POSITIVE, SHARE, setting
 
 __all__ = ["FedAvgM"]
 
 
 @dataclass(frozen=True)
-class FedAvgM(Method):
+class FedAvgM(ServerOptimizer):
     """Heavy-ball momentum.
 
     Attributes:
@@ -32,12 +31,7 @@ class FedAvgM(Method):
     lr: float = setting(1.0, POSITIVE)
     beta: float = setting(0.9, SHARE)
 
-    properties = Properties(axis="server_optimizer")
-
-    def step(self, old: Tensor, new: Tensor, state: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """Move by the momentum."""
-        return server_step(self._move, old, new, state)
-
-    def _move(self, delta: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def move(self, delta: Tensor, memory: Memory) -> Moved:
+        """The momentum."""
         momentum = self.beta * memory.get("momentum", torch.zeros_like(delta)) + delta
         return self.lr * momentum, {"momentum": momentum}

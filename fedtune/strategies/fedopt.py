@@ -13,21 +13,40 @@ tensors per parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedtune.strategies.base import Method, Properties
-from fedtune.strategies.server_step import Memory, server_step
+from fedtune.strategies.server_step import Memory, Moved, ServerOptimizer
 from fedtune.strategies.settings import POSITIVE, SHARE, setting
 
 __all__ = ["FedAdagrad", "FedAdam", "FedYogi"]
 
 
+class _Adaptive(ServerOptimizer):
+    """What the three share; they differ in `second`."""
+
+    lr: float
+    beta1: float
+    tau: float
+
+    @abstractmethod
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """The next second moment; `square` is delta^2."""
+
+    def move(self, delta: Tensor, memory: Memory) -> Moved:
+        """The first moment over the root of the second."""
+        m = memory.get("m", torch.zeros_like(delta))
+        v = memory.get("v", torch.full_like(delta, self.tau**2))
+        m = self.beta1 * m + (1 - self.beta1) * delta
+        v = self.second(v, delta.square())
+        return self.lr * m / (v.sqrt() + self.tau), {"m": m, "v": v}
+
+
 @dataclass(frozen=True)
-class FedAdam(Method):
+class FedAdam(_Adaptive):
     """Second moment as a running mean.
 
     Attributes:
@@ -42,19 +61,13 @@ class FedAdam(Method):
     beta2: float = setting(0.99, SHARE)
     tau: float = setting(1e-3, POSITIVE)
 
-    properties = Properties(axis="server_optimizer")
-
-    def step(self, old: Tensor, new: Tensor, state: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """Move by the first moment over the root of the second."""
-
-        def second(v: Tensor, square: Tensor) -> Tensor:
-            return self.beta2 * v + (1 - self.beta2) * square
-
-        return _step(second, self, old, new, state)
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """A running mean."""
+        return self.beta2 * v + (1 - self.beta2) * square
 
 
 @dataclass(frozen=True)
-class FedYogi(Method):
+class FedYogi(_Adaptive):
     """Second moment that moves by a fixed share of delta^2, up or down.
 
     Attributes:
@@ -69,19 +82,13 @@ class FedYogi(Method):
     beta2: float = setting(0.99, SHARE)
     tau: float = setting(1e-3, POSITIVE)
 
-    properties = Properties(axis="server_optimizer")
-
-    def step(self, old: Tensor, new: Tensor, state: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """Move by the first moment over the root of the second."""
-
-        def second(v: Tensor, square: Tensor) -> Tensor:
-            return v - (1 - self.beta2) * square * torch.sign(v - square)
-
-        return _step(second, self, old, new, state)
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """A step towards delta^2."""
+        return v - (1 - self.beta2) * square * torch.sign(v - square)
 
 
 @dataclass(frozen=True)
-class FedAdagrad(Method):
+class FedAdagrad(_Adaptive):
     """Second moment as a sum over all rounds.
 
     Attributes:
@@ -94,27 +101,6 @@ class FedAdagrad(Method):
     beta1: float = setting(0.0, SHARE)
     tau: float = setting(1e-3, POSITIVE)
 
-    properties = Properties(axis="server_optimizer")
-
-    def step(self, old: Tensor, new: Tensor, state: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """Move by the first moment over the root of the second."""
-        return _step(torch.add, self, old, new, state)
-
-
-def _step(
-    second: Callable[[Tensor, Tensor], Tensor],
-    method: FedAdam | FedYogi | FedAdagrad,
-    old: Tensor,
-    new: Tensor,
-    state: Memory,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`second(v, delta^2)` is the next second moment."""
-
-    def move(delta: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        m = memory.get("m", torch.zeros_like(delta))
-        v = memory.get("v", torch.full_like(delta, method.tau**2))
-        m = method.beta1 * m + (1 - method.beta1) * delta
-        v = second(v, delta.square())
-        return method.lr * m / (v.sqrt() + method.tau), {"m": m, "v": v}
-
-    return server_step(move, old, new, state)
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """A sum."""
+        return v + square

@@ -10,21 +10,38 @@ as they would in fp32. Integer and bool tensors take the aggregate.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["Memory", "server_step"]
+from fedtune.strategies.base import Method, Properties
+
+__all__ = ["Memory", "Moved", "ServerOptimizer", "server_step"]
 
 Memory = Mapping[str, Tensor]
-Optimizer = Callable[[Tensor, Memory], tuple[Tensor, dict[str, Tensor]]]
+Moved = tuple[Tensor, dict[str, Tensor]]  # the move, and the next memory
 
 LOST = "lost"
 
 
+class ServerOptimizer(Method):
+    """A method whose formula is `move`."""
+
+    properties = Properties(axis="server_optimizer")
+
+    @abstractmethod
+    def move(self, delta: Tensor, memory: Memory) -> Moved:
+        """How far to go, and the next memory. All in fp64; `memory` is empty at first."""
+
+    def step(self, old: Tensor, new: Tensor, state: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """Go there, see `server_step`."""
+        return server_step(self.move, old, new, state)
+
+
 def server_step(
-    optimizer: Optimizer, old: Tensor, new: Tensor, state: Memory
+    optimizer: Callable[[Tensor, Memory], Moved], old: Tensor, new: Tensor, state: Memory
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One step; `optimizer(delta, memory)` returns the move and the next memory, all in fp64."""
     if not old.is_floating_point():

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedtune.transport.grid_base import POLL_INTERVAL_S, replies_to
 from fedtune.transport.records import count_bytes
 
 __all__ = ["EagerGrid", "Traffic"]
-
-POLL_INTERVAL_S = 0.05
 
 
 @dataclass
@@ -80,17 +79,6 @@ class EagerGrid:
         then is for the caller to work out from the node ids of the replies. `pending` are ids of
         earlier messages whose replies are waited for too; those without one are left in it.
         """
-        pending = set() if pending is None else pending
-        pending |= set(self.push(messages))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while pending:
-            idle = True
-            for reply in self.pull(pending):
-                idle = False
-                pending.discard(reply.metadata.reply_to_message_id)
-                yield reply
-                del reply
-            if pending and deadline is not None and time.monotonic() > deadline:
-                return
-            if idle:
-                self.pause()
+        waiting = set() if pending is None else pending
+        waiting |= set(self.push(messages))
+        yield from replies_to(waiting, self.pull, timeout=timeout, pause=self.pause)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedtune.errors import FrameError
+from fedtune.transport.grid_base import GridBase
 from fedtune.transport.packing import MARK, convert, pack_arrays, unpack_arrays
 
 __all__ = ["PackedGrid"]
 
-POLL_INTERVAL_S = 0.05
 
-
-class PackedGrid(Grid):
+class PackedGrid(GridBase):
     """Packs what is pushed to `grid` and unpacks what is pulled; invisible to its user.
 
     The other side is a ClientApp with the mod `packed`.
@@ -35,17 +33,6 @@ class PackedGrid(Grid):
     def set_run(self, run: Any) -> None:
         """Hand on."""
         self.grid.set_run(run)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Flower's older way to build a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the connected nodes."""
@@ -83,15 +70,3 @@ class PackedGrid(Grid):
                     reply.content = convert(reply.content, unpack_arrays)
             yield reply
             del reply
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterator[Message]:
-        """Push, then yield replies as they come, until all are there or time is up."""
-        pending = set(self.push_messages(messages))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while pending and (deadline is None or time.monotonic() < deadline):
-            for reply in self.pull_messages(pending):
-                pending.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            time.sleep(POLL_INTERVAL_S)

@@ -226,7 +226,7 @@ def test_a_forked_child_does_not_keep_the_folder(folder: RunFolder) -> None:
         os._exit(0)
     try:
         os.read(forked, 1)
-        session._lock.close()  # as the kernel does when the parent is killed
+        session._door.release()  # as the kernel does when the parent is killed
         again = Session(folder)
         again.close()
     finally:

@@ -15,7 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedtune.deploy import certs as module
-from fedtune.deploy.certs import ca_certificate, make_certs, server_folder, site_folder
+from fedtune.deploy import keys
+from fedtune.deploy.certs import make_certs
+from fedtune.deploy.roles import ca_certificate, server_folder, site_folder
 from fedtune.errors import ConfigError
 
 
@@ -136,7 +138,7 @@ def test_days_and_renewal(tmp_path):
 def test_an_ended_certificate_is_refused_with_what_to_do(tmp_path, monkeypatch):
     make_certs(tmp_path, ["a"], days=1)
     later = datetime.now(UTC) + timedelta(days=2)
-    monkeypatch.setattr(module, "_now", lambda: later)
+    monkeypatch.setattr(keys, "now", lambda: later)
     with pytest.raises(ConfigError, match=r"server\.crt ended on .*Run fedtune certs again"):
         server_folder(tmp_path / "server")
 

@@ -13,17 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import connection as module
-from fedtune.deploy.connection import (
-    Address,
-    Connection,
-    flower_environment,
-    flower_program,
-    known_runs,
-    probe,
-    remember_run,
-)
+from fedtune.deploy import address as addresses
+from fedtune.deploy import register
+from fedtune.deploy.address import Address, probe
+from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.processes import free_port
+from fedtune.deploy.register import known_runs, remember_run
 from fedtune.errors import ConfigError, DeployError
 
 
@@ -154,8 +149,8 @@ def _reaches(host, port):
 def test_a_name_that_the_certificate_lacks(certs):
     with web_server(certs / "server") as address:
         error = ssl.SSLCertVerificationError("x")
-        error.verify_code = module.HOSTNAME_MISMATCH
-        words = module._distrust(error, Address("fed2.org", address.port), None)
+        error.verify_code = addresses.HOSTNAME_MISMATCH
+        words = addresses._distrust(error, Address("fed2.org", address.port), None)
     assert words.startswith("its certificate is not for fed2.org. Add it with fedtune certs DIR")
 
 
@@ -202,7 +197,7 @@ def test_runs_are_remembered_by_many_writers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     remember_run("1", Path("here"))
     assert known_runs()["1"] == tmp_path / "here"
-    monkeypatch.setattr(module, "KEPT_RUNS", 2)
+    monkeypatch.setattr(register, "KEPT_RUNS", 2)
     remember_run("99", tmp_path)
     assert len(known_runs()) == 2
     assert known_runs()["99"] == tmp_path

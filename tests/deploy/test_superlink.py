@@ -10,16 +10,11 @@ import socket
 import pytest
 
 from fedtune.deploy import runs, superlink
-from fedtune.deploy.connection import (
-    Address,
-    Connection,
-    flower_environment,
-    flower_program,
-    probe,
-    remember_run,
-)
+from fedtune.deploy.address import Address, probe
+from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.gate import GATE
 from fedtune.deploy.processes import Supervisor, free_port
+from fedtune.deploy.register import remember_run
 from fedtune.deploy.superlink import start_superlink
 from fedtune.errors import ConfigError, DeployError
 from tests.deploy.programs import COMMAND, Program, left, up, wait_for

@@ -7,8 +7,12 @@ python benchmarks/aggregate.py --only mean --peers
 rules  8 clients; r = 16, or ranks 4, 8, 12 and 16 twice where it says mixed. `rule` is what a round
        needs, `aggregate` is `fedtune.aggregate`: checks and the residual's certificate besides. MB
        are beyond the clients' updates, at the highest point, results included.
-mean   GB/s of client updates, records decoded and encoded, against the speed of reading memory, and
-       with --peers against Flower's own aggregation of the same records
+mean   GB/s of client updates, records decoded, folded and encoded, against the speed of reading
+       memory, and with --peers against Flower's own aggregation of the same records; medians of
+       RUNS. `moved_gb_s` counts what the fold has to move: of every update 4 B a parameter read and
+       two fp64 sums read and written (the first only writes them), and of the mean the sums read, 4
+       B written, read and written again as a record. `floor_gb_s` is one fp64 sum in place of two,
+       without decoding and encoding: fast, and not free of the order
 
 Each row is a process of its own with one thread (--threads). Seconds are wall clock, `cpu_s` those
 of the processor: on a busy machine only the latter mean something.
@@ -20,12 +24,14 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 CLIENTS = 8
+RUNS = 5
 RANKS = {"r=16": [16] * CLIENTS, "mixed": [4, 8, 12, 16] * 2}
 RULES = [
     ("fedit", "r=16"),
@@ -136,18 +142,22 @@ def measure_mean(layers: int) -> dict[str, float]:
     from fedtune.transport.records import params_of, to_arrays
 
     records, size = records_of(layers)
-    started, cpu = time.perf_counter(), time.process_time()
-    mean = RunningMean()
-    for record, weight in zip(records, WEIGHTS, strict=True):
-        mean.add(params_of(record["arrays"]), weight)
-    to_arrays(mean.result())
-    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+
+    def aggregate():
+        mean = RunningMean()
+        for record, weight in zip(records, WEIGHTS, strict=True):
+            mean.add(params_of(record["arrays"], shared=True), weight)
+        return to_arrays(mean.result())
+
+    moved = (4 + 32) * CLIENTS - 16 + 16 + 4 + 8  # bytes of a parameter
+    speed = speed_of(aggregate, size)
     bandwidth = read_gb_s()
     return {
-        "gb_s": round(size / 1e3 / seconds, 2),
-        "gb_cpu_s": round(size / 1e3 / cpu_s, 2),
+        **speed,
         "memory_read_gb_s": round(bandwidth, 2),
-        "share": round(size / 1e3 / cpu_s / bandwidth, 3),
+        "share": round(speed["gb_cpu_s"] / bandwidth, 3),
+        "moved_gb_s": round(speed["gb_cpu_s"] * moved / (4 * CLIENTS), 2),
+        "floor_gb_s": round(floor_gb_s(), 2),
     }
 
 
@@ -156,10 +166,21 @@ def measure_flower(layers: int) -> dict[str, float]:
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
     records, size = records_of(layers)
-    started, cpu = time.perf_counter(), time.process_time()
-    aggregate_arrayrecords(records, "num-examples")
-    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-    return {"gb_s": round(size / 1e3 / seconds, 2), "gb_cpu_s": round(size / 1e3 / cpu_s, 2)}
+    return speed_of(lambda: aggregate_arrayrecords(records, "num-examples"), size)
+
+
+def speed_of(aggregate, size: float) -> dict[str, float]:
+    """GB/s by the clock and by the processor, for `size` megabytes."""
+    seconds, cpu_s = [], []
+    for _ in range(RUNS):
+        started, cpu = time.perf_counter(), time.process_time()
+        aggregate()
+        seconds.append(time.perf_counter() - started)
+        cpu_s.append(time.process_time() - cpu)
+    return {
+        "gb_s": round(size / 1e3 / statistics.median(seconds), 2),
+        "gb_cpu_s": round(size / 1e3 / statistics.median(cpu_s), 2),
+    }
 
 
 def records_of(layers: int):
@@ -178,16 +199,33 @@ def records_of(layers: int):
 
 
 def read_gb_s() -> float:
-    """The best of five passes over 400 MB."""
+    """The best of five passes over 400 MB, in time of the processor."""
     import torch
 
     data = torch.ones(100_000_000)
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        cpu = time.process_time()
         data.max()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - cpu)
     return 0.4 / min(seconds)
+
+
+def floor_gb_s() -> float:
+    """GB/s of fp32 added, one after the other, to one fp64 sum."""
+    import numpy as np
+
+    block, size = 1 << 15, 10_000_000
+    update, total, term = np.ones(size, np.float32), np.zeros(size), np.empty(block)
+    cpu_s = []
+    for _ in range(RUNS):
+        cpu = time.process_time()
+        for start in range(0, size - block, block):
+            value, part = update[start : start + block], total[start : start + block]
+            np.multiply(value, 3.0, out=term, dtype=np.float64)
+            np.add(part, term, out=part)
+        cpu_s.append(time.process_time() - cpu)
+    return size * 4 / 1e9 / statistics.median(cpu_s)
 
 
 def megabytes(updates) -> float:

@@ -12,7 +12,7 @@ from fedtune.adapters import Entry, Manifest, check
 from fedtune.errors import ManifestError
 from fedtune.strategies.base import ClientStats
 from fedtune.transport.messages import ARRAYS, CONTROL, arrays_of
-from fedtune.transport.records import config_of, metrics_of
+from fedtune.transport.records import config_of, metrics_of, params_of
 
 __all__ = ["Expected", "Refusal", "Update", "UpdateRefusedError", "read_update"]
 
@@ -72,10 +72,11 @@ def read_update(message: Message, expected: Expected) -> Update:
             f"other adapter: expected manifest {expected.manifest_hash[:12]}, "
             f"received {str(config.get('manifest'))[:12]}"
         )
-    if not message.content.array_records.get(ARRAYS):
+    arrays = message.content.array_records.get(ARRAYS)
+    if not arrays:
         raise UpdateRefusedError("empty: expected parameters, received none")
     try:
-        params = arrays_of(message.content)
+        params = params_of(arrays, shared=True)
         check(params, expected.manifest)
         control = _control(message, expected)
     except ManifestError as error:

@@ -136,7 +136,7 @@ def test_the_sum_of_the_weights_is_exact() -> None:
 
 
 def test_every_block_and_shape_is_folded() -> None:
-    """Larger than a block of 65,536, not a multiple of it; 0-d, empty and non-contiguous."""
+    """Larger than a block of 32,768, not a multiple of it; 0-d, empty and non-contiguous."""
     updates = [
         {
             "large": torch.randn(3, 70_001, generator=torch.Generator().manual_seed(k)),
@@ -153,6 +153,30 @@ def test_every_block_and_shape_is_folded() -> None:
         # fp64 holds the sum of two fp32 numbers of like size; halving is exact
         expected = ((updates[0][name].double() + updates[1][name].double()) / 2).float()
         assert torch.equal(value, expected), name
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    """70 blocks, enough for two threads; the last one is short."""
+    updates = [torch.randn(2_280_001, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(fold(updates, [3, 1, 7]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    # rounding to fp32 is 2^-24 of the value; 1e-12 is where the terms cancel and fp64 rounds
+    expected = sum(w * y.double() for w, y in zip([3, 1, 7], updates, strict=True)) / 11
+    assert torch.allclose(found[0].double(), expected, rtol=2.0**-23, atol=1e-12)
+
+
+@pytest.mark.parametrize("other", [{"y": torch.ones(2)}, {"x": torch.ones(3)}, {}])
+def test_another_layout_is_an_error(other: dict[str, Tensor]) -> None:
+    mean = RunningMean()
+    mean.add({"x": torch.ones(2)}, 1.0)
+    with pytest.raises(ValueError, match="first update"):
+        mean.add(other, 1.0)
 
 
 def test_inputs_stay_as_they_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -71,6 +72,38 @@ def test_only_bf16_needs_a_format_of_our_own() -> None:
     assert np.array_equal(record["torch.float16"].numpy(), np.ones(2, np.float16))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.bfloat16], ids=str)
+def test_encoded_bytes_are_those_of_numpy(dtype: torch.dtype, shape: str) -> None:
+    tensor = SHAPES[shape]((torch.arange(24).reshape(4, 6) * 37 - 300).to(dtype)).contiguous()
+    ours, flowers = to_arrays({"x": tensor})["x"], Array(tensor.numpy())
+    assert (ours.dtype, ours.shape, ours.stype) == (flowers.dtype, flowers.shape, flowers.stype)
+    assert ours.data == flowers.data
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shared_tensors_lie_in_the_record(dtype: torch.dtype) -> None:
+    record = to_arrays({"x": torch.ones(3, 5, dtype=dtype)})
+    first, second = (params_of(record, shared=True)["x"] for _ in range(2))
+    assert torch.equal(first, params_of(record)["x"])
+    assert first.data_ptr() == second.data_ptr() != params_of(record)["x"].data_ptr()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_other_writers_leave_is_read(order: Literal["C", "F"], shared: bool) -> None:
+    """Columns first, and values that are not aligned."""
+    values = np.asarray(np.arange(6, dtype=np.float32).reshape(2, 3), order=order)
+    data = npy(values)
+    odd = data[:8] + (int.from_bytes(data[8:10], "little") + 1).to_bytes(2, "little")
+    for payload in (data, odd + b" " + data[10:]):
+        (tensor,) = params_of(
+            ArrayRecord({"x": Array("float32", (2, 3), NUMPY, payload)}), shared=shared
+        ).values()
+        assert torch.equal(tensor, torch.arange(6.0).reshape(2, 3))
+
+
 def npy(array: np.ndarray, *, pickled: bool = False) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=pickled)
@@ -135,13 +168,14 @@ HOSTILE: dict[str, tuple[str, tuple[int, ...], str, bytes]] = {
 }
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_array_is_refused_by_name(name: str) -> None:
+def test_a_hostile_array_is_refused_by_name(name: str, shared: bool) -> None:
     record = ArrayRecord(
         {"good": Array("float32", (2, 2), NUMPY, GOOD), "q_proj": Array(*HOSTILE[name])}
     )
     with pytest.raises(ManifestError, match=r"^q_proj: expected .*, received \d+ bytes") as caught:
-        params_of(record)
+        params_of(record, shared=shared)
     assert "\n" not in str(caught.value)
 
 

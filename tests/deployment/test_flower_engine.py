@@ -96,3 +96,19 @@ def test_one_client_is_the_plain_trainer(
 @pytest.mark.slow
 def test_two_clients_are_the_same_in_both_engines(federate: Federate) -> None:
     assert_same(federate("flower", 2), federate("inline", 2), 2)
+
+
+@pytest.mark.slow
+def test_a_slow_client_does_not_hold_the_rounds(tmp_path: Path) -> None:
+    """FedBuff with real delays: by rows, the last client trains three times as long as the first."""
+    output = tmp_path / "run"
+    flags = ["--config", str(REPOSITORY / "recipes" / "lora_sft.yaml"), "--engine", "flower"]
+    flags += ["--strategy", "fedbuff", "--strategy_args", "size=1", "--num_clients", "3"]
+    flags += ["--partition", "size", "--epochs_per_round", "1", "--num_rounds", "6"]
+    done = run_here(SCRIPT, *flags, "--output_dir", output)
+    assert done.status == 0, done.out + done.err
+    records = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+    assert [len(record["replies"]) for record in records] == [1] * 6
+    assert not any(record["refused"] for record in records)
+    ages = [record["round"] - record["replies"][0]["round"] for record in records]
+    assert ages[0] == 0 < max(ages)

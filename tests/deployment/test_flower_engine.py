@@ -100,7 +100,7 @@ def test_two_clients_are_the_same_in_both_engines(federate: Federate) -> None:
 
 @pytest.mark.slow
 def test_a_slow_client_does_not_hold_the_rounds(tmp_path: Path) -> None:
-    """FedBuff with real delays: by rows, the last client trains three times as long as the first."""
+    """FedBuff with real delays: the last client has three times as many rows as the first."""
     output = tmp_path / "run"
     flags = ["--config", str(REPOSITORY / "recipes" / "lora_sft.yaml"), "--engine", "flower"]
     flags += ["--strategy", "fedbuff", "--strategy_args", "size=1", "--num_clients", "3"]

@@ -17,6 +17,7 @@ from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import Plan, RoundHook, run_rounds
 from fedtune.strategies import Method
 from fedtune.strategies.agreement import check_variants
+from fedtune.strategies.registry import name_of
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import one_line
 from fedtune.transport.grid import EagerGrid, Traffic
@@ -171,7 +172,7 @@ def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState
             f"{member.name} could not give its adapter: {one_line(reply.error.reason)}"
         )
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
-    check_variants(str(run.method), run.method.properties, [*manifest.entries])
+    check_variants(f"--strategy {name_of(run.method)}", run.method.properties, [*manifest.entries])
     if run.init_adapter is not None:
         params, static = load_init_adapter(run.init_adapter, manifest)
     else:

@@ -26,7 +26,7 @@ from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.settings import settings_of
 from fedtune.strategies.trimmed_mean import TrimmedMean
 
-__all__ = ["METHODS", "build_method", "setting_names"]
+__all__ = ["METHODS", "build_method", "name_of", "setting_names"]
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
@@ -56,6 +56,12 @@ STOCK = "flwr:"
 def setting_names(name: str) -> list[str]:
     """Names that `--strategy_args` may set for a method."""
     return list(settings_of(METHODS[name]))
+
+
+def name_of(method: Method) -> str:
+    """As `--strategy` spells it; a combined method by its rule."""
+    rule = method.rule if isinstance(method, Combined) else method
+    return next((name for name, cls in METHODS.items() if cls is type(rule)), type(rule).__name__)
 
 
 def build_method(

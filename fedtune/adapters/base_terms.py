@@ -7,7 +7,7 @@ one would round it away, and the other users of a live model would find it chang
 forward hook, so it is no parameter: not trained, not in any checkpoint, gone when none is given.
 
 It belongs to the base, but not to the base as it was before the federation: where PEFT is told to
-run without adapters (the reference of DPO), it is left out.
+run without adapters, or with another one (the references of DPO), it is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +27,8 @@ from fedtune.errors import ManifestError
 __all__ = ["base_terms", "set_base_terms"]
 
 HOLDER = "_fedtune_base_terms"  # attribute of a model that has some
+ADAPTER = "default"  # whose terms they are
+OTHERS = (_ConvNd, MultiheadAttention, ParamWrapper)  # what they do is not a matrix times the input
 
 
 class _Live(NamedTuple):
@@ -66,7 +68,7 @@ class _Branch:
         self._b, self._a = b, a
 
     def __call__(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if layer.disable_adapters:
+        if layer.disable_adapters or ADAPTER not in layer.active_adapters:
             return output
         x = args[0]
         if self._b.device != x.device:
@@ -89,7 +91,7 @@ def _layers(model: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, nn.Modul
     names = sorted({name.removesuffix(TERM_B).removesuffix(TERM_A) for name in terms})
     for name in names:
         layer = live.get(name)
-        if not isinstance(layer, LoraLayer) or isinstance(layer, _ConvNd | ParamWrapper):
+        if not isinstance(layer, LoraLayer) or isinstance(layer, OTHERS):
             raise ManifestError(
                 f"`{name}`: expected a Linear, Conv1D or Embedding with LoRA for the base's term, "
                 f"received {type(layer).__name__}. Use fedit."

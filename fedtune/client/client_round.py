@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedtune.adapters import Manifest, collect, load
 from fedtune.adapters.names import trainable_tensors
@@ -46,7 +47,8 @@ class ClientRound:
         self._task, self._sent, self._manifest = task, sent, manifest
         self._params = completed(sent.params, kept, task.personal)
         self._correction = _correction(task, sent, kept)
-        self._still: list[Tensor] = []
+        self._still: dict[str, Tensor] = {}
+        self._guards: list[RemovableHandle] = []
 
     def load(self, model: nn.Module) -> None:
         """Put the round's parameters into the model. Raises ManifestError when they are others."""
@@ -60,13 +62,16 @@ class ClientRound:
         """
         live = trainable_tensors(model, "default")
         still = {*self._task.frozen, *self._manifest.static}
-        self._still = [tensor for name, tensor in live.items() if name in still]
+        self._still = {name: tensor for name, tensor in live.items() if name in still}
         if (self._still or self._correction) and is_sharded(model):
             raise ConfigError(
                 "--strategy: expected whole parameters at the client, found them sharded (FSDP, "
                 "DeepSpeed). Train whole, or use a method without correction and frozen factors."
             )
-        for parameter in self._still:
+        for parameter in self._still.values():
+            # PEFT lets a whole adapter train again once it was off for a reference (DPO).
+            guard: Any = parameter.register_post_accumulate_grad_hook
+            self._guards.append(guard(_drop_gradient))
             parameter.requires_grad_(False)
             parameter.grad = None
         if self._task.new_factors:
@@ -81,7 +86,8 @@ class ClientRound:
 
     def finish(self, model: nn.Module, *, collects: bool = True) -> Outgoing:
         """After the last step; `collects`: whether this process has to know the parameters."""
-        trained = collect(model) if collects else {}
+        collected = collect(model) if collects else {}
+        trained = {name: value for name, value in collected.items() if name not in self._still}
         self.end()
         personal = {name: trained.pop(name) for name in self._task.personal if name in trained}
         own: Mapping[str, Tensor] = {}
@@ -92,9 +98,11 @@ class ClientRound:
 
     def end(self) -> None:
         """Let everything train again."""
-        for parameter in self._still:
+        for guard in self._guards:
+            guard.remove()
+        for parameter in self._still.values():
             parameter.requires_grad_(True)
-        self._still = []
+        self._guards, self._still = [], {}
 
 
 def remembers(task: RoundTask | EvaluateTask) -> bool:
@@ -125,6 +133,10 @@ def refuse_fp16(task: RoundTask, args: Any) -> None:
             "--strategy scaffold: expected every step to be taken, received --fp16, whose loss "
             "scaler leaves some out. Use --bf16."
         )
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _correction(task: RoundTask, sent: Sent, kept: Kept) -> GradientCorrection | None:

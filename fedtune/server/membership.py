@@ -164,7 +164,7 @@ class Membership:
         if state is None:
             return {node: pack(config=goodbye) for node in nodes}
         views = Views(state.params, to_arrays(state.params), "end")
-        base = to_arrays(state.base.tensors()) if state.base.terms else None
+        base = to_arrays(state.base.sent(state.params)) if state.base.terms else None
         contents = {}
         for node in nodes:
             member = self._nodes[node].member if node in self._nodes else None

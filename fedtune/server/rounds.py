@@ -29,6 +29,8 @@ __all__ = ["Plan", "RoundHook", "run_rounds"]
 
 log = logging.getLogger(__name__)
 
+WIDE_BASE_MB = 100.0
+
 RoundHook = Callable[[ServerState, dict[str, Any]], None]
 
 
@@ -98,6 +100,7 @@ def run_rounds(
         state.round = number
         state.params = params_of(arrays)
         memory = strategy.memory
+        _warn_of_size(state.base, memory.base)
         state.manifest, state.method_state = memory.manifest, memory.method_state
         state.base = memory.base
         loss = record["eval_loss"]
@@ -268,6 +271,16 @@ def _bytes(traffic: Traffic) -> dict[str, int]:
 def _base(base: Cumulative) -> dict[str, float]:
     """Of what was added to the base: the largest rank, and what its recompression may have lost."""
     return {"base_rank": base.rank, "base_error": base.relative_error} if base.terms else {}
+
+
+def _warn_of_size(before: Cumulative, now: Cumulative) -> None:
+    if before.megabytes <= WIDE_BASE_MB < now.megabytes:
+        log.warning(
+            "what the method has added to the base takes %.0f MB a message by now (rank %d) and "
+            "may grow; --strategy_args max_rank=N bounds it, base_error then says what that costs",
+            now.megabytes,
+            now.rank,
+        )
 
 
 def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:

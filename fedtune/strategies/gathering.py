@@ -86,20 +86,21 @@ def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
 
 
 class Spread:
-    """Weighted spread of client updates from running sums: sum p|d_k|^2 - |sum p d_k|^2."""
+    """Weighted spread of client updates: sum p|d_k|^2 - |sum p d_k|^2, in any order of arrival."""
 
     def __init__(self) -> None:
-        self._sum = 0.0
-        self._weight = 0.0
+        self._squares: list[float] = []
+        self._weights: list[float] = []
 
     def add(self, squared_norm: float, weight: float) -> None:
         """One client's update."""
-        self._sum += weight * squared_norm
-        self._weight += weight
+        self._squares.append(weight * squared_norm)
+        self._weights.append(weight)
 
     def around(self, squared_norm_of_mean: float) -> float:
         """Root of the spread around the mean update."""
-        return math.sqrt(max(0.0, self._sum / self._weight - squared_norm_of_mean))
+        mean = math.fsum(self._squares) / math.fsum(self._weights)
+        return math.sqrt(max(0.0, mean - squared_norm_of_mean))
 
 
 def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

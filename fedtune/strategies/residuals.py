@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune.strategies.lora.certificate import relative_errors
 from fedtune.strategies.lora.factors import Factors, stack
 from fedtune.strategies.lora.names import LoraModule, lora_modules
-from fedtune.strategies.lora.rule import Terms
+from fedtune.strategies.lora.rule import Terms, fingerprint
 
 __all__ = ["Certificate", "residuals"]
 
@@ -27,23 +27,25 @@ class Certificate:
 
     def __init__(self, scaling: Mapping[str, float]) -> None:
         self._scaling = scaling
-        self._updates: list[Mapping[str, Tensor]] = []
-        self._weights: list[float] = []
+        self._updates: list[tuple[Mapping[str, Tensor], float]] = []
 
     def add(self, params: Mapping[str, Tensor], weight: float) -> None:
         """Keep one client's factors, frozen ones included."""
         modules = lora_modules(params).values()
         names = [name for module in modules for name in (module.b, module.a) if name in params]
-        self._updates.append({name: params[name] for name in names})
-        self._weights.append(weight)
+        self._updates.append(({name: params[name] for name in names}, weight))
 
     def residuals(
         self, params: Mapping[str, Tensor], base: Mapping[str, Factors]
     ) -> tuple[float | None, float | None]:
-        """Of the method and of FedAvg; None where the server does not have both factors."""
-        if not self._updates or not lora_modules(self._updates[0]):
+        """Of the method and of FedAvg; None where the server does not have both factors.
+
+        To the last bit whatever the order of arrival.
+        """
+        if not self._updates or not lora_modules(self._updates[0][0]):
             return None, None
-        errors = residuals(self._updates, self._weights, self._scaling, params, base)
+        updates, weights = zip(*sorted(self._updates, key=fingerprint), strict=True)
+        errors = residuals(updates, weights, self._scaling, params, base)
         of_method, of_fedavg = (error if math.isfinite(error) else None for error in errors)
         return of_method, of_fedavg
 

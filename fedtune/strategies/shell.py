@@ -288,7 +288,7 @@ class FedStrategy(Strategy):
 
     def _base(self) -> ArrayRecord | None:
         base = self.memory.base
-        return to_arrays(base.tensors()) if base.terms else None
+        return to_arrays(base.sent(self._global)) if base.terms else None
 
     def _expected(self, task: RoundTask, member: Member) -> Expected:
         manifest, stays = member.manifest or self.manifest, {*task.frozen, *task.personal}

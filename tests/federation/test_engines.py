@@ -16,6 +16,7 @@ from fedtune.engines.inline import InlineGrid
 from fedtune.federate import federate
 from fedtune.server.app import server_app
 from fedtune.strategies import FixedGlobal
+from fedtune.strategies.lora import LORA_RULES
 from tests.federation.small import (
     ROUNDS,
     STEPS,
@@ -96,6 +97,19 @@ def test_arrival_order_does_not_matter(tmp_path: Path, order: Order) -> None:
     assert eval_losses(straight) == eval_losses(other)
     arrived = [[reply["client"] for reply in record["replies"]] for record in other.history[1:]]
     assert any(names != sorted(names) for names in arrived)
+
+
+@pytest.mark.parametrize("name", ["fedex_lora", "rolora"])
+def test_figures_do_not_depend_on_the_order(tmp_path: Path, name: str) -> None:
+    """Also those that are sums over clients, to the last bit."""
+    method = LORA_RULES[name]()
+    given = {"method": method, "num_rounds": 2, "steps": 2}
+    straight = run_small(small_worker(tmp_path / "a", clients=4), **given)
+    turned = grid_in_order(lambda ids: ids[::-1])
+    other = run_on(small_worker(tmp_path / "b", clients=4), turned, **given)
+    for left, right in zip(straight.history[1:], other.history[1:], strict=True):
+        for key in ("client_drift", "residual", "residual_fedavg", "train_loss"):
+            assert left[key] == right[key], key
 
 
 def test_node_order_does_not_matter(tmp_path: Path) -> None:
@@ -181,3 +195,37 @@ def test_cpus_per_client_are_its_threads(tmp_path: Path) -> None:
     assert state.history[-1]["samples"] == 3 * (STEPS * 2)
     (actor,) = (tmp_path / "model").glob("threads-*")
     assert actor.read_text() == "2"
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "fedsa_lora", "ffa_lora"])
+def test_rules_on_ray_are_those_inline(tmp_path: Path, name: str) -> None:
+    """What is added to the base, sent once or kept by a client reaches every actor."""
+    from fedtune.engines.ray import run_ray
+
+    states = []
+    for engine in ("inline", "ray"):
+        directory = tmp_path / engine
+        worker = small_worker(directory / "clients", clients=4)
+        given = {"method": LORA_RULES[name](), "fraction_train": 0.75}
+        if engine == "inline":
+            states.append(run_small(worker, **given))
+            continue
+        run = server_run(4, **given)
+        run_ray(server_app(run), worker, cpus_per_client=1.0, gpus_per_client=0.0)
+        states.append(result_of(run))
+    inline, ray = states
+    assert same_tensors(inline.params, ray.params)
+    assert same_tensors(inline.static, ray.static)
+    assert same_tensors(inline.base.tensors(), ray.base.tensors())
+    assert bool(inline.base.terms) == (name in ("flora", "fedex_lora"))
+    keys = ("residual", "residual_fedavg", "base_rank", "base_error")
+    for left, right in zip(inline.history, ray.history, strict=True):
+        assert series(left) == series(right)
+        assert [left.get(key) for key in keys] == [right.get(key) for key in keys]
+        ours, theirs = (
+            sorted(record.get("eval_clients", []), key=lambda row: row["client"])
+            for record in (left, right)
+        )
+        assert ours == theirs

@@ -3,16 +3,18 @@
 FLoRA and FedEx-LoRA add (B, A) terms to W in every round. A quantized W (QLoRA) cannot take them:
 rounding to 4 bits loses most of an update. Here W stays as it is and the terms add up beside it:
 
-    C <- best approximation of C + B A,  of the smallest rank with error <= tolerance |C + B A|,
+    C <- best approximation of C + B A,  of the smallest rank with error <= tolerance |B A|,
          but of no more than max_rank
 
-With `error` the sum of what each round left out and of the rounding to fp32, the triangle
-inequality gives, for every module and after any number of rounds,
+Kept in fp64: a late round adds little to a large C, and fp32 would round that away. Clients get a
+copy that is rounded once. With `error` the sum of what each round left out, the triangle inequality
+gives, for every module and after any number of rounds,
 
     | C - sum of all terms |  <=  error        (Frobenius norm)
 
-`max_rank` wins over `tolerance`: the rank is bounded, and `error` says what that cost. All on the
-factors; memory O((out + in) max_rank) a module.
+Without `max_rank` the rank grows by that of every round's term, up to the layer's own size; every
+client receives it. `max_rank` wins over `tolerance`: the rank is bounded, and `error` says what
+that cost. All on the factors; memory O((out + in) rank) a module.
 """
 
 from __future__ import annotations
@@ -30,10 +32,15 @@ from fedtune.strategies.lora.names import lora_modules
 
 __all__ = ["Cumulative", "accumulate", "one_adapter"]
 
+SVD_ULPS = 16  # two QRs and an SVD of small matrices; measured below 4
+
 
 @dataclass(frozen=True)
 class Cumulative:
-    """Module -> B @ A to add to the base's output, scaling included, and module -> error bound."""
+    """Module -> B @ A to add to the base's output, scaling included, and module -> error bound.
+
+    The factors are in fp64.
+    """
 
     terms: Mapping[str, Factors] = field(default_factory=dict)
     error: Mapping[str, float] = field(default_factory=dict)
@@ -44,13 +51,32 @@ class Cumulative:
         return max((term.rank for term in self.terms.values()), default=0)
 
     @property
+    def megabytes(self) -> float:
+        """What the terms take in a message, in fp32."""
+        values = sum(term.B.numel() + term.A.numel() for term in self.terms.values())
+        return 4 * values / 1e6
+
+    @property
     def relative_error(self) -> float:
-        """Bound of the error over all modules, relative to the total; 0 without a term."""
+        """Bound of the clients' error over all modules, relative to the total; 0 without a term."""
         total = math.hypot(*(norm(term) for term in self.terms.values()))
-        return math.hypot(*self.error.values()) / total if total else 0.0
+        errors = (self.error[m] + _rounding(t, torch.float32) for m, t in self.terms.items())
+        return math.hypot(*errors) / total if total else 0.0
+
+    def sent(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms as clients hold them (`adapters/base_terms.py`): at the adapter's precision.
+
+        That is fp32 at least: terms of half precision would cost what the rule gains.
+        """
+        modules = lora_modules(params)
+        rounded = {
+            name: term.to(torch.promote_types(params[modules[name].b].dtype, torch.float32))
+            for name, term in self.terms.items()
+        }
+        return Cumulative(rounded).tensors()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The terms as clients hold them (`adapters/base_terms.py`)."""
+        """The terms by name."""
         return {
             module + suffix: factor
             for module, term in sorted(self.terms.items())
@@ -80,7 +106,7 @@ def accumulate(
     base: Mapping[str, Factors],
     *,
     tolerance: float = 1e-7,
-    max_rank: int = 64,
+    max_rank: int = 0,
 ) -> Cumulative:
     """The total with one round's terms added; modules without a term stay as they are.
 
@@ -90,12 +116,11 @@ def accumulate(
     for name, term in base.items():
         parts = [(1.0, terms[name])] if name in terms else []
         spectrum = svd(stack([*parts, (1.0, term)]))
-        within = rank_within(spectrum.S, tolerance * tail(spectrum.S, 0))
+        within = rank_within(spectrum.S, tolerance * norm(term))
         rank = max(1, min(within, max_rank or within))
-        kept = spectrum.balanced(rank)
-        terms[name] = kept.to(torch.promote_types(term.B.dtype, torch.float32))
+        terms[name] = spectrum.balanced(rank)
         error[name] = error.get(name, 0.0) + tail(spectrum.S, rank)
-        error[name] += _rounding(kept, terms[name].B.dtype)
+        error[name] += SVD_ULPS * _rounding(terms[name], torch.float64)
     return Cumulative(terms, error)
 
 

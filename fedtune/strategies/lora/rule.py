@@ -27,7 +27,15 @@ from fedtune.strategies.lora.ranks import extend, pad
 from fedtune.strategies.mean import RunningMean
 from fedtune.strategies.settings import COUNT, SHARE, setting
 
-__all__ = ["BaseRule", "NewLayer", "ProductFold", "ProductRule", "Terms", "padded_mean"]
+__all__ = [
+    "BaseRule",
+    "NewLayer",
+    "ProductFold",
+    "ProductRule",
+    "Terms",
+    "fingerprint",
+    "padded_mean",
+]
 
 
 @dataclass(frozen=True)
@@ -115,10 +123,10 @@ class BaseRule(ProductRule):
 
     Attributes:
         max_rank: largest rank of that adapter, 0 for no bound.
-        tolerance: relative error that its recompression may make in a round.
+        tolerance: error that its recompression may make in a round, relative to the round's term.
     """
 
-    max_rank: int = setting(64, COUNT)
+    max_rank: int = setting(0, COUNT)
     tolerance: float = setting(1e-7, SHARE)
 
     def cumulate(self, total: Cumulative, terms: Mapping[str, Factors]) -> Cumulative:
@@ -155,7 +163,7 @@ class ProductFold:
         """The new adapter, in the dtypes of the inputs."""
         if not self._updates:
             raise ValueError("no update was folded")
-        updates = sorted(self._updates, key=_fingerprint)
+        updates = sorted(self._updates, key=fingerprint)
         params = self._others.result()
         for module in lora_modules(updates[0][0]).values():
             terms = layer_terms(module, updates, self._now)
@@ -195,7 +203,7 @@ def layer_terms(
     )
 
 
-def _fingerprint(update: tuple[Mapping[str, Tensor], float]) -> tuple[float, ...]:
+def fingerprint(update: tuple[Mapping[str, Tensor], float]) -> tuple[float, ...]:
     """Sorts updates by what is in them."""
     params, weight = update
     return weight, *(float(params[name].sum(dtype=torch.float64)) for name in sorted(params))

@@ -178,10 +178,11 @@ def _strategy(args: Arguments) -> str | None:
 
 def _lora_rule(args: Arguments) -> str | None:
     """Whether the rule is right for this adapter, and for these ranks."""
-    from fedtune.strategies import METHODS, strategy_of  # torch
+    from fedtune.strategies import for_mixed_ranks, strategy_of  # torch
 
     adapter, fed = args.adapter, args.federation
-    properties = strategy_of(fed).properties
+    method = strategy_of(fed)
+    properties, correction = method.properties, method.correction()
     kind = adapter.peft_method if adapter.peft_method in LORA else "other"
     if properties.variants is not None and kind not in properties.variants:
         kinds = " or ".join(sorted(properties.variants & set(LORA)))
@@ -200,10 +201,14 @@ def _lora_rule(args: Arguments) -> str | None:
             f"received {adapter.client_ranks}."
         )
     if len(set(ranks)) > 1 and not properties.mixed_ranks:
-        able = [name for name, method in METHODS.items() if method.properties.mixed_ranks]
         return (
             f"--client_ranks with --strategy {fed.strategy}: it needs equal ranks. Use "
-            f"{', '.join(able)}."
+            f"{for_mixed_ranks()}."
+        )
+    if len(set(ranks)) > 1 and correction is not None and correction.control:
+        return (
+            f"--client_ranks with --strategy {fed.strategy}: control variates need equal ranks. "
+            "Leave out scaffold."
         )
     return None
 

@@ -51,7 +51,9 @@ class AdapterArguments:
     peft_method: Literal[
         "lora", "dora", "p_tuning", "prompt_tuning", "prefix_tuning", "ia3", "none"
     ] = setting("lora", "Adapter kind; `none` trains and sends the full model.")
-    lora_r: int = setting(8, "LoRA rank r.")
+    lora_r: int = setting(
+        8, "LoRA rank r. With --client_ranks it sets no rank, only the scaling alpha / r."
+    )
     lora_alpha: float = setting(16, "LoRA alpha; the update is scaled by alpha / r.")
     lora_dropout: float = setting(0.0, "LoRA dropout.")
     lora_target_modules: str | None = setting(
@@ -60,8 +62,8 @@ class AdapterArguments:
     use_rslora: bool = setting(False, "Rank-stabilized LoRA: scale by alpha / sqrt(r).")
     client_ranks: str | None = setting(
         None,
-        "LoRA rank of each client, comma-separated, in the place of --lora_r; every client keeps "
-        "the scaling that --lora_alpha and --lora_r give.",
+        "LoRA rank of each client, in order, comma-separated: 4,8,16. --lora_alpha and --lora_r "
+        "then only set the scaling, which is the same for all.",
     )
     modules_to_save: str | None = setting(
         None, "Comma-separated modules that are trained in full and travel with the adapter."

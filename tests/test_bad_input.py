@@ -111,6 +111,31 @@ SETTINGS = {
     "unknown strategy": ("--strategy fedagv", "--strategy", "'fedagv'", "did you mean fedavg?"),
     "setting of no strategy": ("--strategy_args mu=1", "--strategy_args", "'mu'", "leave it out"),
     "no pairs": ("--strategy_args mu", "--strategy_args", "name=number", "'mu'"),
+    "ranks of too many": (
+        "--strategy flora --client_ranks 4,8,16",
+        "--client_ranks",
+        "expected 2 whole numbers >= 1, one per client",
+        "4,8,16",
+    ),
+    "a rank of 0": ("--strategy flora --client_ranks 4,0", "--client_ranks", ">= 1", "4,0"),
+    "ranks that are words": ("--client_ranks 4,x", "--client_ranks", "'4,x'", "1,2,3"),
+    "ranks of no LoRA": ("--peft_method p_tuning --client_ranks 4,4", "--peft_method lora"),
+    "mixed ranks of DoRA": (
+        "--strategy flexlora --peft_method dora --client_ranks 4,8",
+        "expected --peft_method lora, received dora",
+    ),
+    **{
+        f"mixed ranks of {name}": (
+            f"--strategy {name} --client_ranks 4,8",
+            f"--strategy {name}: it needs equal ranks",
+            "Use flora, flexlora, hetlora, raflora.",
+        )
+        for name in ("fedavg", "ffa_lora", "fedex_lora", "scaffold")
+    },
+    "mixed ranks with control": (
+        "--strategy scaffold+raflora --client_ranks 4,8",
+        "Leave out scaffold",
+    ),
     "unknown arm": ("--compare lokal", "--compare", "'lokal'", "did you mean local?"),
     "all and more": ("--compare all,local", "`all` stands alone"),
     "parity of reset": ("--compare parity --client_state reset", "Use --client_state carry"),
@@ -230,6 +255,12 @@ MODELS = {
     "no such start": ("--init_adapter nowhere", "--init_adapter", "no directory nowhere"),
     "no adapter there": ("--init_adapter no_adapter", "--init_adapter", "no_adapter", "expected"),
     "adapter of another rank": ("--init_adapter adapter --lora_r 4", "adapter", "`r`", "8", "4"),
+    "adapter of another rank than the largest": (
+        "--init_adapter adapter --strategy flora --client_ranks 2,4",
+        "--init_adapter",
+        "`r` differs: expected 4",
+        "received 8",
+    ),
     "adapter of another kind": (
         "--init_adapter adapter --peft_method ia3",
         "--init_adapter",

@@ -43,6 +43,10 @@ def message(text):
         "--seeds 1,2,3 --compare all",
         "--compare centralized,local",
         "--client_state reset --compare local",
+        "--strategy flexlora --client_ranks 4,8,16",
+        "--strategy fedprox+hetlora --client_ranks 4,8,16",
+        "--strategy fedavg --client_ranks 4,4,4",
+        "--peft_method dora --client_ranks 4,4,4",
     ],
 )
 def test_what_goes_together(text):
@@ -126,6 +130,18 @@ def test_ranges(flag, values):
         ("--gpus_per_client 0.5", "Use --engine ray"),
         ("--cpus_per_client 2", "Use --engine ray"),
         ("--resume --overwrite", "both set"),
+        ("--strategy flora --client_ranks 4,8", "expected 3 whole numbers >= 1, one per client"),
+        ("--strategy flora --client_ranks 4,8,0", "received 4,8,0"),
+        ("--strategy flora --client_ranks 4,8,x", "--client_ranks: expected whole numbers"),
+        ("--strategy fedavg --client_ranks 4,8,8", "Use flora, flexlora, hetlora, raflora."),
+        ("--strategy ffa_lora --client_ranks 4,8,8", "it needs equal ranks"),
+        ("--strategy fedex_lora --client_ranks 4,8,8", "it needs equal ranks"),
+        ("--strategy scaffold --client_ranks 4,8,8", "it needs equal ranks"),
+        ("--strategy scaffold+flexlora --client_ranks 4,8,8", "Leave out scaffold"),
+        ("--peft_method dora --client_ranks 4,8,8", "it needs equal ranks"),
+        ("--strategy flora --peft_method dora --client_ranks 4,8,8", "expected --peft_method lora"),
+        ("--peft_method p_tuning --client_ranks 4,4,4", "--client_ranks needs --peft_method lora"),
+        ("--peft_method none --client_ranks 4,4,4", "--client_ranks needs --peft_method lora"),
     ],
 )
 def test_what_does_not(text, expected):

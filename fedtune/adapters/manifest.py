@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -45,6 +46,12 @@ class Entry(NamedTuple):
     def of(cls, tensor: Tensor) -> Entry:
         """The entry that describes `tensor`."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -85,6 +92,11 @@ class Manifest:
         scaling = {name: f"{value:.{DIGITS}g}" for name, value in self.scaling.items()}
         return digest([self.peft_type, self.base_hash, config, self.entries, self.static, scaling])
 
+    @property
+    def bytes(self) -> int:
+        """Of all trained tensors together."""
+        return sum(entry.bytes for entry in self.entries.values())
+
     def frozen(self, names: Iterable[str]) -> Manifest:
         """The same adapter with these tensors sent once instead of trained; others are ignored."""
         moved = {name: self.entries[name] for name in names if name in self.entries}
@@ -100,16 +112,22 @@ class Manifest:
             return ""
         differences = (row for row in self._compared(built) if row[1] != row[2])
         what, ours, theirs = next(differences, ("hash", self.hash[:12], built.hash[:12]))
+        advice = "use the same model and adapter settings everywhere"
+        if what in RANK_KEYS - {"r"}:
+            root = "sqrt(r)" if self.adapter_config.get("use_rslora") else "r"
+            advice = f"set {what} so that lora_alpha / {root} is the same everywhere"
         return (
             f"this client's adapter differs from the global one: expected {what} {ours}, built "
-            f"{theirs}; use the same model and adapter settings everywhere."
+            f"{theirs}; {advice}."
         )
 
     def _compared(self, built: Manifest) -> Iterator[tuple[str, Any, Any]]:
         """What can differ, from the general to the particular, in words."""
         yield "base model", self.base_hash[:12], built.base_hash[:12]
         yield "peft_type", self.peft_type, built.peft_type
-        for key in sorted({*self.adapter_config, *built.adapter_config} - SITE_KEYS):
+        keys = {*self.adapter_config, *built.adapter_config} - SITE_KEYS
+        # The last ones may differ in adapters that are equal; alpha goes with r.
+        for key in sorted(keys, key=lambda key: (key in RANK_KEYS, key != "r", key)):
             yield key, self.adapter_config.get(key) or None, built.adapter_config.get(key) or None
         for name in sorted({*self.entries, *built.entries, *self.static, *built.static}):
             ours, theirs = self.entries.get(name), built.entries.get(name)

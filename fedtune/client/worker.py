@@ -67,14 +67,20 @@ class Worker:
     _rng: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def fork(self, *, work_dir: Path, train: dict[str, Dataset] | None = None) -> Worker:
-        """A worker over the same live model, with Trainers and arguments of its own."""
-        args = copy.copy(self.args)
+        """A worker over the same live model, with Trainers and arguments of its own.
+
+        `train`: of some of the clients; they keep their ranks.
+        """
+        args, rows = copy.copy(self.args), train or self.train
         args.training = copy.deepcopy(self.args.training)
+        if args.adapter.ranks is not None:
+            ranks = ",".join(str(self.ranks[name]) for name in rows)
+            args.adapter = replace(args.adapter, client_ranks=ranks)
         return Worker(
             self.build_model,
             self.build_trainer,
             args,
-            train or self.train,
+            rows,
             self.evaluation,
             work_dir,
             self._build(),

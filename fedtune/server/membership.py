@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedtune.adapters import Manifest
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
+from fedtune.strategies.agreement import rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
 from fedtune.strategies.updates import one_line
 from fedtune.strategies.views import Views
@@ -245,7 +246,7 @@ class Membership:
     def _take(self, number: int, node: _Node, reply: Message) -> None:
         node.pending, node.seen = "", time.monotonic()
         if reply.has_error():
-            self._refuse(number, node, one_line(reply.error.reason))
+            self._refuse(number, node, self._ranks(node) or one_line(reply.error.reason))
         elif node.stage == "asked":
             config = config_of(reply.content)
             name = str(config["client"])
@@ -260,7 +261,7 @@ class Membership:
             self._met.add(number)
         elif self._state is not None:
             expected = self._expected(node, self._state.manifest)
-            problem = _objection(expected, node.manifest)
+            problem = self._ranks(node) or _objection(expected, node.manifest)
             if problem:
                 self._refuse(number, node, problem)
                 return
@@ -271,6 +272,12 @@ class Membership:
     def _expected(self, node: _Node, run: Manifest) -> Manifest:
         """The run's adapter as this node should have built it: at its own ranks, where it may."""
         return like(run, node.manifest) if self._mixed_ranks and node.manifest else run
+
+    def _ranks(self, node: _Node) -> str:
+        """What is wrong with a node's ranks alone; it cannot know what methods could take them."""
+        if self._mixed_ranks or self._state is None or node.manifest is None:
+            return ""
+        return rank_objection(self._state.manifest, node.manifest)
 
     def _others(self, number: int) -> list[_Node]:
         return [node for key, node in self._nodes.items() if key != number]

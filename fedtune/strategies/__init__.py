@@ -6,7 +6,7 @@ from fedtune.config import FederationArguments, strategy_settings
 from fedtune.strategies.base import ClientStats, Correction, Fold, Method, Properties
 from fedtune.strategies.fedavg import FedAvg, FixedGlobal
 from fedtune.strategies.mean import RunningMean
-from fedtune.strategies.registry import METHODS, build_method, setting_names
+from fedtune.strategies.registry import METHODS, build_method, for_mixed_ranks, setting_names
 
 __all__ = [
     "METHODS",
@@ -19,6 +19,7 @@ __all__ = [
     "Properties",
     "RunningMean",
     "build_method",
+    "for_mixed_ranks",
     "setting_names",
     "strategy_of",
 ]

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.adapters import Entry
+from fedtune.adapters import Entry, Manifest
 from fedtune.errors import ConfigError, ManifestError
 from fedtune.strategies.base import Properties
+from fedtune.strategies.lora.manifests import like, ranks_of
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b, lora_modules, variants
+from fedtune.strategies.registry import for_mixed_ranks
 
-__all__ = ["check_agreement", "check_variants"]
+__all__ = ["check_agreement", "check_variants", "rank_objection"]
 
 DORA = "a DoRA weight is normalised, so a product of factors is not what it adds"
 
@@ -28,6 +30,18 @@ def check_variants(method: str, properties: Properties, names: Sequence[str]) ->
     raise ConfigError(
         f"{method}: expected {', '.join(sorted(allowed))} tensors, received {found[0]}{reason}. "
         f"Use {advice}."
+    )
+
+
+def rank_objection(expected: Manifest, built: Manifest) -> str:
+    """What is wrong where an adapter has other ranks, and nothing else is; else empty."""
+    ours, theirs = ranks_of(expected), ranks_of(built)
+    if ours == theirs or like(expected, built).objection_to(built.frozen(expected.static)):
+        return ""
+    name = next(name for name in ours if ours[name] != theirs[name])
+    return (
+        f"LoRA rank: expected {ours[name]} as at the first site, built {theirs[name]}. Use one r "
+        f"everywhere, or a --strategy for mixed ranks: {for_mixed_ranks()}."
     )
 
 
@@ -74,7 +88,7 @@ def _check_tensor(
         if not properties.mixed_ranks:
             raise ManifestError(
                 f"{where}: {method} expected equal ranks, received {expected} and {received}. "
-                "Use flora or flexlora."
+                f"Use {for_mixed_ranks()}."
             )
     if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
         raise ManifestError(

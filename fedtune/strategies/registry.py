@@ -26,7 +26,7 @@ from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.settings import settings_of
 from fedtune.strategies.trimmed_mean import TrimmedMean
 
-__all__ = ["METHODS", "build_method", "name_of", "setting_names"]
+__all__ = ["METHODS", "build_method", "for_mixed_ranks", "name_of", "setting_names"]
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
@@ -51,6 +51,11 @@ METHODS: dict[str, type[Method]] = {
 
 MEMBERS = {"correction": "client", "rule": "rule", "server_optimizer": "server"}
 STOCK = "flwr:"
+
+
+def for_mixed_ranks() -> str:
+    """Names of the methods whose clients may have different LoRA ranks."""
+    return ", ".join(name for name, method in METHODS.items() if method.properties.mixed_ranks)
 
 
 def setting_names(name: str) -> list[str]:

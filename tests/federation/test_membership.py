@@ -10,11 +10,13 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.adapters import Manifest
+from fedtune.adapters import Entry, Manifest
 from fedtune.errors import RoundError
 from fedtune.server import membership
 from fedtune.server.app import ServerRun
 from fedtune.server.checkpoint import ServerState
+from fedtune.strategies import FedAvg, Method
+from fedtune.strategies.lora import FlexLoRA
 from fedtune.transport.messages import RoundTask, pack
 from fedtune.transport.packing import packed
 from fedtune.transport.records import params_of
@@ -205,3 +207,52 @@ def test_the_mean_evaluation_is_weighted_and_each_score_kept() -> None:
 
 def _fail(content: Any, task: RoundTask) -> Any:
     raise RuntimeError("out of memory")
+
+
+def lora(rank: int, alpha: float) -> Manifest:
+    """A site's adapter: one layer 5 -> 3."""
+    entries = {
+        "m.lora_A.weight": Entry((rank, 5), "float32"),
+        "m.lora_B.weight": Entry((3, rank), "float32"),
+    }
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
+    return Manifest("LORA", "base", config, entries, scaling={"m": alpha / rank})
+
+
+def admitted(method: Method, sites: Deployment) -> tuple[list[dict[str, Any]], str]:
+    """Who is there before round 1 of a run that starts from client-0's adapter, and the error."""
+    start = {name: torch.zeros(e.shape) for name, e in sites.manifests["client-0"].entries.items()}
+    rows: list[dict[str, Any]] = []
+    run = deployed(2, method=method)
+    run.start = ServerState(0, start, {}, sites.manifests["client-0"])
+    run.on_clients = lambda found: rows.__setitem__(slice(None), found)
+    serve(run, sites)
+    return rows, str(run.error)
+
+
+@pytest.mark.parametrize(
+    ("method", "alpha", "expected"),
+    [
+        (
+            FedAvg(),
+            4,
+            "LoRA rank: expected 4 as at the first site, built 2. Use one r everywhere, or a "
+            "--strategy for mixed ranks: flora, flexlora, hetlora, raflora.",
+        ),
+        (FlexLoRA(), 8, "expected lora_alpha 4, built 8; set lora_alpha so that lora_alpha / r is"),
+    ],
+    ids=["ranks", "scaling"],
+)
+def test_another_rank_or_scaling_is_refused(method: Method, alpha: float, expected: str) -> None:
+    """Sites 0 and 1 have ranks 4 and 2; the first one's scaling is 2."""
+    sites = Deployment()
+    sites.manifests = {"client-0": lora(4, 8), "client-1": lora(2, alpha)}
+    rows, error = admitted(method, sites)
+    assert [(row["client"], row["state"]) for row in rows] == [
+        ("client-0", "ready"),
+        ("client-1", "refused"),
+    ]
+    assert expected in rows[1]["problem"]
+    assert "client-1: " in error
+    assert expected in error
+    assert "\n" not in error

@@ -26,6 +26,11 @@ TINY = [
 ]
 
 
+def tiny(script: Path) -> list[str]:
+    """`TINY` for this recipe: ranks are named client by client."""
+    return [*TINY, "--client_ranks", "2,4"] if script.stem == "mixed_ranks" else TINY
+
+
 class Done(NamedTuple):
     """How a run ended and what it wrote to the terminal."""
 

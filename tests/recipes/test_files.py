@@ -16,7 +16,9 @@ each_recipe = pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.s
 
 
 def test_recipes_are_found():
-    assert {"lora_sft", "ptuning_sentiment", "seq_cls_lora"} <= {path.stem for path in RECIPES}
+    assert {"lora_sft", "mixed_ranks", "ptuning_sentiment", "seq_cls_lora"} <= {
+        path.stem for path in RECIPES
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

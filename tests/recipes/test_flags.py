@@ -8,9 +8,9 @@ import math
 import pytest
 
 from fedtune.server.store import RunStore
-from tests.recipes.runs import RECIPES, TINY, recipe, run_here, tree
+from tests.recipes.runs import RECIPES, TINY, recipe, run_here, tiny, tree
 
-LORA = recipe("lora_sft")
+LORA, MIXED = recipe("lora_sft"), recipe("mixed_ranks")
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, script=LORA, refused=False):
-        done = run_here(script, *TINY, "--output_dir", "out", *flags)
+        done = run_here(script, *tiny(script), "--output_dir", "out", *flags)
         assert done.status == (2 if refused else 0), done.err
         return done
 
@@ -191,7 +191,11 @@ def test_an_arm_that_diverges(run, tmp_path):
 METHODS = ("dora", "ia3", "p_tuning", "prompt_tuning", "prefix_tuning", "none")
 
 
-@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [path for path in RECIPES if path != MIXED],  # FlexLoRA is for LoRA alone
+    ids=lambda path: path.stem,
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_methods(method, script, run, tmp_path):
     run("--peft_method", method, "--num_rounds", "1", script=script)
@@ -200,6 +204,17 @@ def test_peft_methods(method, script, run, tmp_path):
     assert after != before
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert ("model" in names, "adapter" in names) == (method == "none", method != "none")
+
+
+def test_client_ranks(run, tmp_path):
+    """Each client's rank and bytes are said before; a method that averages runs as well."""
+    out = run("--dry_run", script=MIXED).out
+    assert "ranks      client-0 2 (0.033 MB), client-1 4 (0.065 MB)" in out
+    assert "travels    42 tensors, 0.033 to 0.065 MB" in out
+    assert "0.196 MB in both directions" in out
+    run("--strategy", "flora", script=MIXED)
+    line = json.loads((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert line["residual"] < 1e-6 < line["residual_fedavg"]
 
 
 def test_4bit(run, tmp_path):

@@ -119,4 +119,5 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 
 def _pattern(module: str) -> str:
-    return re.escape(module.removeprefix(WRAPPER))
+    """Of this module alone: PEFT matches the end of a name, and one may end like another."""
+    return "^" + re.escape(module.removeprefix(WRAPPER))

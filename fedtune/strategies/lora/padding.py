@@ -1,8 +1,10 @@
 """A client of lower rank inside a live adapter of higher rank, as a simulation has it.
 
 The ranks that the client does not have are zero in both factors: then their product and both of
-their gradients are zero, and no optimizer moves them. The live adapter computes and trains exactly
-what one of the client's own rank would, at the same scaling.
+their gradients are zero, and an optimizer that works coordinate by coordinate (SGD, Adam) does not
+move them. The live adapter trains as one of the client's own rank would, at the same scaling, up to
+the rounding of larger matrix products. Adafactor is another matter: it clips by a mean over the
+whole matrix, zeros included, so its steps may be larger by sqrt(R / r) at most.
 """
 
 from __future__ import annotations

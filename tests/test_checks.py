@@ -53,6 +53,18 @@ def test_what_goes_together(text):
     check(text)
 
 
+def test_control_variates_need_every_step():
+    """Set on the arguments: HuggingFace itself refuses --fp16 without a GPU."""
+    for method, refused in (("scaffold", True), ("scaffold+fedavgm", True), ("fedprox", False)):
+        args = parse_arguments(SFTConfig, ["--strategy", method])
+        args.training.fp16 = True
+        if refused:
+            with pytest.raises(ConfigError, match=r"with --fp16: .*Use --bf16"):
+                check_arguments(args)
+        else:
+            check_arguments(args)
+
+
 @pytest.mark.parametrize(
     ("flag", "values"),
     [

@@ -6,10 +6,16 @@ Every process of the mesh has to call these together, in the same order of tenso
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["copy_into", "is_sharded", "local_part", "whole"]
+__all__ = ["copy_into", "is_sharded", "is_spread", "local_part", "whole"]
+
+
+def is_spread() -> bool:
+    """Whether the training has several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from fedtune.client.session import Request, Session
 from fedtune.errors import ConfigError, FedtuneError, ManifestError, RoundError
 from fedtune.relay.folder import ENVIRONMENT, RunFolder, SitePlan
 from fedtune.transport import messages
-from fedtune.transport.messages import BASE, RoundTask
+from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import config_of
 
 __all__ = ["GlobalUpdate", "init", "is_running", "receive", "send"]
@@ -217,7 +217,7 @@ class _Client:
             case messages.TRAIN:
                 task = RoundTask.of(content)
                 self._hold_to_plan(task)
-                _refuse_more(task, content)
+                _refuse_more(task)
                 params = messages.arrays_of(content)
                 check(params, self._manifest or _manifest_of(params))
                 self._next = request
@@ -239,9 +239,9 @@ class _Client:
             )
 
 
-def _refuse_more(task: RoundTask, content: RecordDict) -> None:
+def _refuse_more(task: RoundTask) -> None:
     """A script of its own gets parameters and returns parameters."""
-    if task.frozen or task.personal or task.correction or BASE in content:
+    if task.frozen or task.personal or task.correction or task.adds_to_base:
         raise RoundError(
             "receive: expected a method that needs nothing but parameters, received one that "
             "freezes, keeps, corrects or adds to the base at the client. Use fedtune.patch with a "

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from fedtune.client.participant import Options, Participant
+from fedtune.client.options import Options
+from fedtune.client.participant import Participant
 from fedtune.errors import ConfigError
 from fedtune.relay.folder import RunFolder
 

@@ -12,12 +12,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedtune.adapters import Manifest, collect, load
 from fedtune.adapters.names import trainable_tensors
-from fedtune.adapters.sharded import is_sharded
+from fedtune.adapters.sharded import is_sharded, is_spread
 from fedtune.client.corrections import ControlVariates, GradientCorrection, make_correction
 from fedtune.client.memory import Kept
 from fedtune.client.replies import Sent
@@ -69,18 +70,23 @@ class ClientRound:
                 "DeepSpeed). Train whole, or use a method without correction and frozen factors."
             )
         for parameter in self._still.values():
-            # PEFT lets a whole adapter train again once it was off for a reference (DPO).
-            guard: Any = parameter.register_post_accumulate_grad_hook
-            self._guards.append(guard(_drop_gradient))
-            parameter.requires_grad_(False)
             parameter.grad = None
+            if is_spread():  # DDP waits for the gradients of all that it found when it was made
+                guard: Any = parameter.register_hook
+                self._guards.append(guard(torch.zeros_like))
+            else:  # PEFT lets a whole adapter train again once it was off for a reference (DPO)
+                guard = parameter.register_post_accumulate_grad_hook
+                self._guards.append(guard(_drop_gradient))
+                parameter.requires_grad_(False)
         if self._task.new_factors:
             optimizer.state.clear()
         if self._correction is not None:
-            self._correction.begin(model)
+            self._correction.begin(model, {*self._still, *self._task.personal})
 
     def apply(self) -> None:
         """After clipping, before the optimizer's step."""
+        for parameter in self._still.values():
+            parameter.grad = None
         if self._correction is not None:
             self._correction.apply()
 

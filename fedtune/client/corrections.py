@@ -8,13 +8,15 @@ accumulation over micro-batches, unscaling and clipping (`on_pre_optimizer_step`
 itself is not clipped. In the mean too, g is the clipped gradient: c_k has to stand for what it is
 taken from. Under AdamW the corrected gradient enters the moments.
 
+What stays with the client has no global value to be pulled to, so it is not corrected.
+
 Limits: parameters must be whole (no FSDP, no DeepSpeed). SCAFFOLD needs every step to be taken; the
 loss scaler of fp16 does not promise that, bf16 does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -35,8 +37,8 @@ __all__ = [
 class GradientCorrection(Protocol):
     """One round of one client."""
 
-    def begin(self, model: nn.Module) -> None:
-        """The global parameters have just been loaded into `model`."""
+    def begin(self, model: nn.Module, without: Collection[str] = ()) -> None:
+        """The global parameters have just been loaded into `model`; `without`: not corrected."""
 
     def apply(self) -> None:
         """Change the gradients in place; called once per optimizer step."""
@@ -49,11 +51,12 @@ class ProximalTerm:
         self._mu = mu
         self._anchors: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, without: Collection[str] = ()) -> None:
         """Remember x."""
         self._anchors = [
             (parameter, _precise(parameter).clone())
-            for parameter in trainable_tensors(model, "default").values()
+            for name, parameter in trainable_tensors(model, "default").items()
+            if name not in without
         ]
 
     @torch.no_grad()
@@ -80,10 +83,12 @@ class ControlVariates:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, without: Collection[str] = ()) -> None:
         """Put c - c_k beside every parameter and start the sum of gradients."""
         self._terms, self._sums, self._steps = [], {}, 0
         for name, parameter in trainable_tensors(model, "default").items():
+            if name in without:
+                continue
             total = torch.zeros_like(_precise(parameter))
             shift = torch.zeros_like(total)
             if name in self._control:
@@ -105,15 +110,17 @@ class ControlVariates:
                 parameter.grad.copy_(gradient + shift)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """c_k+, and c_k+ - c_k of what was trained, on the CPU; the rest keeps its c_k."""
+        """c_k+, and c_k+ - c_k of what was trained, on the CPU; the rest keeps its c_k.
+
+        c_k+ is c_k plus that change as the server adds it: rounding never parts c from its sum.
+        """
         own = {name: value.cpu() for name, value in self._own.items()}
-        if self._steps:
-            own |= {name: (total / self._steps).cpu() for name, total in self._sums.items()}
-        change = {
-            name: own[name] - self._own[name].to(own[name]) if name in self._own else own[name]
-            for name in self._sums
-            if name in own
-        }
+        change: dict[str, Tensor] = {}
+        for name, total in self._sums.items():
+            before = own.get(name, torch.zeros_like(total, device="cpu"))
+            mean = (total / self._steps).cpu() if self._steps else before
+            change[name] = mean - before.to(mean)
+            own[name] = (before.double() + change[name].double()).to(mean.dtype)
         return own, change
 
 

@@ -14,7 +14,8 @@ from transformers.trainer_utils import TrainOutput
 
 from fedtune.client.callback import FedTuneCallback
 from fedtune.client.local import model_of, steps_of
-from fedtune.client.participant import Options, Participant
+from fedtune.client.options import Options
+from fedtune.client.participant import Participant
 from fedtune.client.ranks import Ranks
 from fedtune.client.session import Session
 from fedtune.client.undisturbed import same_rng

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedtune.adapters import Manifest
 from fedtune.errors import RoundError
@@ -83,7 +83,7 @@ class Membership:
         self._patient, self._on_change = patient, on_change
         self._shown: list[dict[str, Any]] = []
         self._nodes: dict[int, _Node] = {}
-        self._met: set[int] = set()  # knew the plan once, so that a trainer waits there
+        self._met: dict[int, Member] = {}  # knew the plan once, so that a trainer waits there
         self._state: ServerState | None = None
 
     @property
@@ -144,7 +144,7 @@ class Membership:
             personal: parameters that a client keeps as they are once it has trained.
         """
         try:
-            there = self._met.intersection(self._grid.get_node_ids())
+            there = self._met.keys() & set(self._grid.get_node_ids())
             contents = self._goodbyes(sorted(there), reason, state, personal)
             messages = [Message(content, node, FINISH) for node, content in contents.items()]
             for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
@@ -161,17 +161,19 @@ class Membership:
         personal: Collection[str],
     ) -> dict[int, RecordDict]:
         number = state.round if state else 0
-        goodbye = ConfigRecord({"run": self._plan.run, "round": number, "reason": reason})
+        run = self._plan.run
+        goodbye: dict[str, str | int] = {"run": run, "round": number, "reason": reason}
         if state is None:
             return {node: pack(config=goodbye) for node in nodes}
         views = Views(state.params, to_arrays(state.params), "end")
         base = to_arrays(state.base.sent(state.params)) if state.base.terms else None
         contents = {}
         for node in nodes:
-            member = self._nodes[node].member if node in self._nodes else None
-            trained = member is not None and member.name in state.client_rounds
-            arrays = views.record(member.manifest if member else None, personal if trained else ())
-            contents[node] = pack(arrays=arrays, base=base, config=goodbye)
+            member = self._met[node]
+            trained = state.client_rounds.get(member.name, 0)
+            arrays = views.record(member.manifest, personal if trained else ())
+            config = {**goodbye, "resume_round": trained}
+            contents[node] = pack(arrays=arrays, base=base, config=config)
         return contents
 
     def _at(self, stage: Stage) -> list[Member]:
@@ -258,7 +260,9 @@ class Membership:
             text = str(config["manifest"])
             node.manifest = Manifest.from_json(text) if text else None
             node.stage, node.problem = "planned", ""
-            self._met.add(number)
+            known = self._met.get(number)
+            if known is None or known.name != name:
+                self._met[number] = node.member
         elif self._state is not None:
             expected = self._expected(node, self._state.manifest)
             problem = self._ranks(node) or _objection(expected, node.manifest)
@@ -267,7 +271,7 @@ class Membership:
                 return
             node.stage = "ready"
             if node.member and self._mixed_ranks:
-                node.member = replace(node.member, manifest=expected)
+                node.member = self._met[number] = replace(node.member, manifest=expected)
 
     def _expected(self, node: _Node, run: Manifest) -> Manifest:
         """The run's adapter as this node should have built it: at its own ranks, where it may."""

@@ -218,6 +218,7 @@ def _tasks(
             correction=correction.name if correction else "",
             correction_settings=json.dumps(dict(correction.settings) if correction else {}),
             new_factors=number > 1 and strategy.method.properties.refactors,
+            adds_to_base=strategy.method.properties.changes_base,
         )
         for name in strategy.sample(number, attempt)
     }

@@ -105,7 +105,10 @@ def _control(message: Message, expected: Expected) -> dict[str, Tensor]:
         name: entry._replace(dtype=Entry.of(control[name]).dtype) if name in control else entry
         for name, entry in expected.manifest.entries.items()
     }
-    check(control, replace(expected.manifest, entries=entries))
+    try:
+        check(control, replace(expected.manifest, entries=entries))
+    except ManifestError as error:
+        raise ManifestError(f"control variate: {error}") from None
     return control
 
 

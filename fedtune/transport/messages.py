@@ -108,6 +108,8 @@ class RoundTask:
         correction_settings: its numbers, as JSON.
         new_factors: the parameters are not those that the client's optimizer knows, so that its
             moments begin anew.
+        adds_to_base: the method adds to the base; from the second round on, what it has added so
+            far comes with the parameters.
     """
 
     run: str
@@ -126,6 +128,7 @@ class RoundTask:
     correction: str = ""
     correction_settings: str = "{}"
     new_factors: bool = False
+    adds_to_base: bool = False
 
     def record(self) -> ConfigRecord:
         """As a config record."""

@@ -90,7 +90,7 @@ def main() -> None:
     if given.save_steps:
         training |= {"save_strategy": "steps", "save_steps": given.save_steps}
     if "RANK" in os.environ:
-        training |= {"ddp_backend": "gloo"}
+        training |= {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     torch.set_num_threads(1)
     log = given.directory / f"steps-{rank}.log"
     trainer = small_trainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,37 @@ def test_mistakes_are_named(run: RunFolder) -> None:
         fedtune.send(FIRST, num_examples=1)
         while (update := fedtune.receive()) is not None:
             fedtune.send(update.params, num_examples=1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"frozen": ["w"]},
+        {"personal": ["w"]},
+        {"correction": "scaffold"},
+        {"correction": "fedprox", "correction_settings": '{"mu": 0.1}'},
+        {"adds_to_base": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_methods_that_need_a_trainer_are_refused(run: RunFolder, given: dict[str, Any]) -> None:
+    """In the first round, in one line; the site goes on to wait."""
+    errors: list[str] = []
+
+    def script(server: Server) -> None:
+        params = server.begin()
+        errors.append(str(server.send(run, server.train_frame(1, params, **given)).error))
+        server.finish(server.train(1, params), 1)
+
+    with Server(run, script):
+        fedtune.init(FIRST)
+        update = fedtune.receive()
+        assert update is not None
+        fedtune.send(update.params, num_examples=1)
+        assert fedtune.receive() is None
+    assert errors[0].startswith("receive: expected a method that needs nothing but parameters")
+    assert "Use fedtune.patch" in errors[0]
+    assert "\n" not in errors[0]
 
 
 def test_a_failed_run_raises(run: RunFolder) -> None:

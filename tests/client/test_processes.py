@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.link import ask
-from fedtune.transport.messages import arrays_of
-from tests.client.driver import Server, planned, trained
+from fedtune.transport.messages import CONTROL, arrays_of
+from tests.client.driver import Params, Server, planned, trained
 from tests.client.trainers import small_trainer, train
 from tests.federation.small import same_tensors
 
@@ -82,6 +83,33 @@ def test_ranks_of_one_site_train_the_same(run: RunFolder, tmp_path: Path) -> Non
     assert trained(server.updates[0])["num-examples"] == 16
     assert len(server.scores) == 4
     assert [(tmp_path / f"spread-{rank}.txt").read_text() for rank in range(2)] == ["ok", "ok"]
+
+
+def test_ranks_leave_the_same_factors_still(run: RunFolder, tmp_path: Path) -> None:
+    """RoLoRA with SCAFFOLD: DDP, made before the round, waits for the gradients of all factors."""
+
+    def script_of_rolora(server: Server) -> None:
+        params, last = server.begin(), 0
+        for number in range(1, 4):
+            still = [name for name in params if ("lora_A" in name) == (number % 2 == 1)]
+            update = server.train(
+                number, params, frozen=still, correction="scaffold", resume_round=last
+            )
+            assert update.keys() == params.keys() - set(still)
+            change = arrays_of(server.updates[-1].content, CONTROL)
+            assert change.keys() == update.keys()
+            assert any(bool(tensor.any()) for tensor in change.values())
+            assert any(not torch.equal(update[name], params[name]) for name in update)
+            params, last = {name: update.get(name, old) for name, old in params.items()}, number
+            sent.append(params)
+        server.finish(params, 3)
+
+    sent: list[Params] = []
+    with Server(run, script_of_rolora, send=patiently):
+        assert script(tmp_path, ranks=2) == 0
+    assert steps(tmp_path, 0) == steps(tmp_path, 1)
+    for rank in range(2):
+        assert same_tensors(load_file(tmp_path / f"final-{rank}.safetensors"), sent[-1])
 
 
 def test_when_rank_0_fails_all_end(run: RunFolder, tmp_path: Path) -> None:

@@ -292,6 +292,24 @@ def test_bad_parameters_are_refused_and_the_site_waits_on(run: RunFolder, tmp_pa
     assert "unheard of" in refusals[3]
 
 
+def test_scaffold_with_a_loss_scaler_is_refused_by_name(run: RunFolder, tmp_path: Path) -> None:
+    errors: list[str] = []
+
+    def script(server: Server) -> None:
+        params = server.begin()
+        frame = server.train_frame(1, params, correction="scaffold")
+        errors.append(str(send(run, frame).error))
+        server.finish(params, 0, "stopped")
+
+    trainer = fedtune.patch(small_trainer(tmp_path))
+    trainer.args.fp16 = True  # a CPU has no scaler: the flag alone is read
+    with Server(run, script):
+        trainer.train()
+    fedtune.unpatch(trainer)
+    assert "--strategy scaffold" in errors[0]
+    assert "--fp16" in errors[0]
+
+
 def test_another_adapter_ends_the_script(run: RunFolder, tmp_path: Path) -> None:
     other = describe(small_model(r=2))
     errors: list[str] = []

@@ -15,10 +15,12 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from fedtune.adapters import collect, load_exported
+from fedtune.client.replies import Sent
 from fedtune.client.worker import Worker
 from fedtune.compare.arms import ArmInput, run_arm
 from fedtune.federate import federate_control
 from fedtune.server.checkpoint import ServerState
+from fedtune.transport.messages import EvaluateTask
 from tests.federation.small import (
     ROUNDS,
     STEPS,
@@ -137,7 +139,8 @@ def test_local_is_each_client_alone(given: ArmInput) -> None:
         assert arm["eval_loss"][k] == pytest.approx(sum(losses) / CLIENTS, rel=1e-15)
     # the adapter that is kept is the best client's
     params, _, _ = load_exported(given.directory / "local" / "adapter")
-    metrics, _ = given.worker.evaluate(params)
+    task = EvaluateTask(run="", round=ROUNDS, manifest="")
+    metrics, _ = given.worker.evaluate("client-0", task, Sent(params))
     assert metrics["eval_loss"] == min(client["eval_loss"][-1] for client in arm["clients"])
 
 
@@ -179,7 +182,9 @@ def test_fixed_global_notices_a_client_that_scores_its_own_model(tmp_path: Path)
 
     def fork(**settings: Any) -> Worker:
         forked = given.worker.fork(**settings)
-        forked.evaluate = lambda params: Worker.evaluate(forked, collect(forked.model))  # type: ignore[method-assign]
+        forked.evaluate = lambda client, task, sent: Worker.evaluate(  # type: ignore[method-assign]
+            forked, client, task, Sent(collect(forked.model))
+        )
         return forked
 
     broken.fork = fork  # type: ignore[method-assign]

@@ -13,18 +13,24 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from fedtune.adapters.names import trainable_tensors
+from fedtune.client.client_round import refuse_fp16
 from fedtune.client.corrections import (
     ControlVariates,
-    CorrectionCallback,
     GradientCorrection,
     ProximalTerm,
     make_correction,
-    read_control,
-    write_control,
 )
+from fedtune.client.memory import ClientMemory, Kept
 from fedtune.errors import ConfigError
 from fedtune.strategies import METHODS, Correction
-from tests.federation.small import arguments, build_model, small_rows, training_arguments
+from fedtune.transport.messages import RoundTask
+from tests.federation.small import (
+    arguments,
+    build_model,
+    same_tensors,
+    small_rows,
+    training_arguments,
+)
 
 STEPS, RATE, MU = 4, 0.1, 0.7
 Tensors = dict[str, Tensor]
@@ -51,6 +57,19 @@ class Probe(TrainerCallback):
         self.parameters.append({n: p.detach().clone() for n, p in live.items()})
 
 
+class Correcting(TrainerCallback):
+    """Calls a correction where a round calls it."""
+
+    def __init__(self, correction: GradientCorrection) -> None:
+        self._correction = correction
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._correction.begin(kwargs["model"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._correction.apply()
+
+
 def run(
     directory: Path, correction: GradientCorrection | None, **given: Any
 ) -> tuple[Probe, Probe, Tensors]:
@@ -61,7 +80,7 @@ def run(
     )
     model, _ = build_model(arguments(training, dropout=0.0))
     before, after = Probe(), Probe()
-    callbacks = [before, *([] if correction is None else [CorrectionCallback(correction)]), after]
+    callbacks = [before, *([] if correction is None else [Correcting(correction)]), after]
     trainer = Trainer(
         model=model,
         args=training,
@@ -191,8 +210,27 @@ def test_what_was_not_trained_keeps_its_control() -> None:
     variates.apply()
     own, change = variates.finish()
     assert own["bias"].item() == 3.0
-    assert change["bias"].item() == 0.0
+    assert "bias" not in change  # so that the server's stays too
     assert torch.equal(change["weight"], torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["fedprox", "scaffold"])
+def test_what_stays_with_the_client_is_not_corrected(kind: str) -> None:
+    """It has no global value to be pulled to; the weight beside it is corrected by 1."""
+    model = nn.Linear(2, 1)
+    control = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    correction: Any = ProximalTerm(1.0) if kind == "fedprox" else ControlVariates(control, {})
+    correction.begin(model, {"bias"})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+            parameter.grad = torch.zeros_like(parameter)
+    correction.apply()
+    assert torch.equal(model.bias.grad, torch.zeros(1))
+    torch.testing.assert_close(model.weight.grad, torch.ones(1, 2))  # (y + 1) - y, rounded
+    if kind == "scaffold":
+        own, change = correction.finish()
+        assert own.keys() == change.keys() == {"weight"}
 
 
 def test_a_round_of_no_steps_changes_no_control() -> None:
@@ -222,20 +260,47 @@ def test_an_unknown_correction_is_an_error() -> None:
         make_correction(Correction("fedfoo"), {}, {})
 
 
+def task(correction: str = "", **given: Any) -> RoundTask:
+    return RoundTask(
+        run="run",
+        round=1,
+        num_rounds=3,
+        attempt=1,
+        manifest="",
+        steps=4,
+        epochs=0.0,
+        carry=True,
+        seed=42,
+        correction=correction,
+        **given,
+    )
+
+
 def test_scaffold_refuses_a_loss_scaler() -> None:
-    args = SimpleNamespace(fp16=True)
-    model = nn.Linear(2, 1)
-    CorrectionCallback(ProximalTerm(1.0)).on_train_begin(args, None, None, model=model)
+    scaled, plain = SimpleNamespace(fp16=True), SimpleNamespace(fp16=False)
+    for name in ("", "fedprox"):
+        refuse_fp16(task(name), scaled)
+    refuse_fp16(task("scaffold"), plain)
     with pytest.raises(ConfigError, match="Use --bf16"):
-        CorrectionCallback(ControlVariates({}, {})).on_train_begin(args, None, None, model=model)
+        refuse_fp16(task("scaffold"), scaled)
 
 
-def test_a_control_is_kept_with_its_round(tmp_path: Path) -> None:
-    own = {"a.weight": torch.randn(3, 2).T, "b": torch.tensor(1.0)}
-    write_control(tmp_path, own)
-    read = read_control(tmp_path)
-    assert read.keys() == own.keys()
-    assert all(torch.equal(read[name], own[name]) for name in own)
-    assert read_control(None) == {}
-    with pytest.raises(ConfigError, match="was not trained with scaffold"):
-        read_control(tmp_path / "round-00001")
+def test_a_memory_is_kept_with_its_round(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path / "memory")
+    kept = Kept({"a.weight": torch.randn(3, 2).T, "b": torch.tensor(1.0)}, {"b": torch.ones(2)})
+    memory.write(1, kept, [])
+    for field, tensors in vars(kept).items():
+        assert same_tensors(getattr(memory.read(1), field), dict(tensors))
+    assert memory.read(0) == Kept()
+    with pytest.raises(ConfigError, match=r"another --strategy.*submit a new run"):
+        memory.read(2)
+
+
+def test_a_memory_keeps_the_rounds_that_may_be_asked_for_again(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    for number in range(1, 5):
+        memory.write(number, Kept({"c": torch.full((1,), float(number))}), [1, number - 1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"round-{number:05d}.safetensors" for number in (1, 3, 4)
+    ]
+    assert [memory.read(number).control["c"].item() for number in (1, 3, 4)] == [1.0, 3.0, 4.0]

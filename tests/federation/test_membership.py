@@ -200,7 +200,8 @@ def test_a_site_with_another_adapter_does_not_take_part() -> None:
 def test_the_mean_evaluation_is_weighted_and_each_score_kept() -> None:
     """Both sites score 5 examples: the mean of equal losses; the record names both."""
     sites = Deployment(eval_loss=lambda params: 2.0)
-    state = result_of(serve_sites(deployed(2, num_rounds=1), sites, lambda done: [0, 1], nodes=2))
+    run = deployed(2, num_rounds=1, sites_evaluate=True)
+    state = result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
     assert state.history[1]["eval_loss"] == 2.0
     assert [row["client"] for row in state.history[1]["eval_clients"]] == ["client-0", "client-1"]
 

@@ -16,6 +16,7 @@ from fedtune.adapters import Manifest, collect_static, export_adapter
 from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
 from fedtune.errors import ConfigError, ManifestError, RoundError
+from fedtune.server.checkpoint import ServerState
 from tests.federation.scripted import MANIFEST, SHAPES, Script, first_params, serve
 from tests.federation.small import (
     build_model,
@@ -72,7 +73,7 @@ def test_a_client_with_another_adapter_refuses(tmp_path: Path) -> None:
     worker = small_worker(tmp_path)
     other = Manifest(**{**vars(worker.manifest), "base_hash": "another"})
     with pytest.raises(ManifestError, match="this client's adapter differs from the global one"):
-        worker.set_up(other, {})
+        worker.set_up("client-0", other, {})
 
 
 @pytest.mark.parametrize("given", ["both", "optimizer"])
@@ -112,15 +113,19 @@ def test_frozen_tensors_are_the_servers(tmp_path: Path) -> None:
     """
     states = []
     first = frozen_worker(tmp_path / "first", seed=1)
-    begun = run_small(first, num_rounds=1, steps=1, on_round=lambda s, r: states.append(s.fresh()))
+
+    def again(state: ServerState) -> ServerState:
+        return state.as_built(state.manifest)
+
+    begun = run_small(first, num_rounds=1, steps=1, on_round=lambda s, r: states.append(again(s)))
     start = states[0]
     assert start.static
-    expected = run_small(frozen_worker(tmp_path / "a", seed=1), start=start.fresh())
+    expected = run_small(frozen_worker(tmp_path / "a", seed=1), start=again(start))
     other = frozen_worker(tmp_path / "b", seed=2)
     for name in other.names:
         other.trainer(name)
     assert not same_tensors(collect_static(other.model), start.static)
-    state = run_small(other, start=start.fresh())
+    state = run_small(other, start=again(start))
     assert same_tensors(collect_static(other.model), start.static)
     assert same_tensors(state.params, expected.params)
     assert eval_losses(state) == eval_losses(expected)

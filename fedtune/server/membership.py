@@ -87,11 +87,6 @@ class Membership:
         self._state: ServerState | None = None
 
     @property
-    def members(self) -> list[Member]:
-        """Nodes that are ready, by name."""
-        return self._at("ready")
-
-    @property
     def problems(self) -> dict[str, str]:
         """Why nodes do not take part, by name or node id."""
         return {

@@ -77,8 +77,10 @@ class Gathering:
 
 
 def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
-    """Whether the residuals of a round are worth keeping its factors."""
+    """Whether the residuals of a round are worth keeping its factors, and can be known."""
     entries = manifest.entries
+    if not all(map(method.travels, entries)):  # the server never sees what stays with clients
+        return False
     lora = [name for name in entries if is_lora_a(name) or is_lora_b(name)]
     values = clients * sum(math.prod(entries[name].shape) for name in lora)
     for_lora = method.properties.variants is not None

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from flwr.app import Message, MetricRecord
 
 from fedtune.errors import RoundError
+from fedtune.strategies.lora.manifests import rank_total
 from fedtune.strategies.updates import one_line
+from fedtune.transport.messages import Member
 from fedtune.transport.records import config_of, metrics_of
 
-__all__ = ["mean_scores"]
+__all__ = ["mean_scores", "scorers"]
 
 log = logging.getLogger(__name__)
+
+
+def scorers(members: Sequence[Member], busy: Collection[str], *, all_of_them: bool) -> list[Member]:
+    """Who scores the global parameters: of those with held-out rows the ones that are not busy.
+
+    Where all have the same rows it is one of them, with the highest rank.
+    """
+    able = [member for member in members if member.evaluates]
+    idle = [member for member in able if member.name not in busy] or able
+    if all_of_them:
+        return idle
+    return sorted(idle, key=lambda member: (-_rank(member), member.name))[:1]
+
+
+def _rank(member: Member) -> int:
+    return rank_total(member.manifest) if member.manifest else 0
 
 
 def mean_scores(

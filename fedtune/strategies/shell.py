@@ -9,8 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -23,9 +21,9 @@ from fedtune.errors import ManifestError
 from fedtune.strategies.advance import ServerMemory, advance
 from fedtune.strategies.base import Method, Round
 from fedtune.strategies.gathering import Gathering, certifies, squared_distance
-from fedtune.strategies.lora.manifests import rank_total, ranks_of
+from fedtune.strategies.lora.manifests import ranks_of
 from fedtune.strategies.outcome import Outcome, needed_replies, sample_clients
-from fedtune.strategies.scoring import mean_scores
+from fedtune.strategies.scoring import mean_scores, scorers
 from fedtune.strategies.updates import (
     Expected,
     Refusal,
@@ -33,25 +31,13 @@ from fedtune.strategies.updates import (
     one_line,
     read_update,
 )
-from fedtune.strategies.views import Views
+from fedtune.strategies.views import Flight, Views
 from fedtune.transport.messages import EVALUATE, TRAIN, EvaluateTask, Member, RoundTask, pack
 from fedtune.transport.records import params_of, to_arrays
 
 __all__ = ["FedStrategy"]
 
 log = logging.getLogger(__name__)
-
-
-class Flight(NamedTuple):
-    """A round under way at a client.
-
-    Attributes:
-        views: of the global parameters that it was sent.
-    """
-
-    task: RoundTask
-    views: Views
-    node: int
 
 
 class FedStrategy(Strategy):
@@ -111,7 +97,7 @@ class FedStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the method and its settings."""
-        log.info("method %s over %d clients", self.method, len(self.clients))
+        log.info("method %s over %d clients", self.method, len(self.members))
 
     @property
     def manifest(self) -> Manifest:
@@ -187,7 +173,8 @@ class FedStrategy(Strategy):
                 continue
             started = time.perf_counter()
             try:
-                update = read_update(message, self._expected(flight.task, member))
+                manifest = member.manifest or self.manifest
+                update = read_update(message, Expected.of(flight.task, manifest, self._has_control))
                 age = server_round - flight.task.round
                 gathering.add(update, flight.views.params(member.manifest), age)
             except (UpdateRefusedError, ManifestError) as error:
@@ -221,16 +208,14 @@ class FedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The global parameters for the clients that score them.
-
-        Those are all that have held-out rows; only one where these rows are the same and clients
-        keep nothing of their own.
-        """
+        """The global parameters for the clients that score them (`scoring.scorers`)."""
         self._take(arrays, server_round + 1)
         base = self._base()
         personal = self.personal
         messages = []
-        for member in self._scorers():
+        for member in scorers(
+            self.members, self._flights, all_of_them=bool(personal) or not self.pooled
+        ):
             task = EvaluateTask(
                 run=self.run_id,
                 round=server_round,
@@ -253,13 +238,6 @@ class FedStrategy(Strategy):
         scored = any(member.evaluates for member in self.members)
         mean, self.scores = mean_scores(server_round, replies, self.clients, needed=scored)
         return mean
-
-    def _scorers(self) -> list[Member]:
-        able = [member for member in self.members if member.evaluates]
-        idle = [member for member in able if member.name not in self._flights] or able
-        if not self.pooled or self.personal:
-            return idle
-        return sorted(idle, key=lambda m: (-rank_total(m.manifest or self.manifest), m.name))[:1]
 
     # What the method asks for.
 
@@ -290,24 +268,15 @@ class FedStrategy(Strategy):
         base = self.memory.base
         return to_arrays(base.sent(self._global)) if base.terms else None
 
-    def _expected(self, task: RoundTask, member: Member) -> Expected:
-        manifest, stays = member.manifest or self.manifest, {*task.frozen, *task.personal}
-        sent = {name: entry for name, entry in manifest.entries.items() if name not in stays}
-        return Expected(
-            task.round, replace(manifest, entries=sent), task.manifest, control=self._has_control
-        )
-
     def _gathering(self, server_round: int) -> Gathering:
         manifests = [member.manifest or self.manifest for member in self.members]
         held = [ranks_of(manifest) for manifest in (*manifests, self.manifest)]
         most = {name: max(ranks[name] for ranks in held) for name in held[-1]}
-        now = Round(server_round, self._global, self.manifest.scaling, rank=most)
-        personal = bool(self.personal)  # the server never sees that
         return Gathering(
             self.method,
-            now,
+            Round(server_round, self._global, self.manifest.scaling, rank=most),
             self.static,
-            certified=not personal and certifies(self.method, self.manifest, len(self._flights)),
+            certified=certifies(self.method, self.manifest, len(self._flights)),
             same_ranks=all(ranks == held[-1] for ranks in held),
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.adapters import Entry, Manifest, check
 from fedtune.errors import ManifestError
 from fedtune.strategies.base import ClientStats
-from fedtune.transport.messages import ARRAYS, CONTROL, arrays_of
+from fedtune.transport.messages import ARRAYS, CONTROL, RoundTask, arrays_of
 from fedtune.transport.records import config_of, metrics_of, params_of
 
 __all__ = ["Expected", "Refusal", "Update", "UpdateRefusedError", "read_update"]
@@ -56,6 +56,13 @@ class Expected:
     manifest: Manifest
     manifest_hash: str
     control: bool = False
+
+    @classmethod
+    def of(cls, task: RoundTask, manifest: Manifest, control: bool) -> Expected:
+        """From what a client was asked: it sends neither what stands still nor what is its own."""
+        stays = {*task.frozen, *task.personal}
+        sent = {name: entry for name, entry in manifest.entries.items() if name not in stays}
+        return cls(task.round, replace(manifest, entries=sent), task.manifest, control)
 
 
 def read_update(message: Message, expected: Expected) -> Update:

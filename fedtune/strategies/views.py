@@ -7,6 +7,7 @@ process, once.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from flwr.app import ArrayRecord
 from torch import Tensor
@@ -14,9 +15,22 @@ from torch import Tensor
 from fedtune.adapters import Manifest
 from fedtune.strategies.lora.manifests import ranks_in, ranks_of
 from fedtune.strategies.lora.ranks import resize
+from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import to_arrays
 
-__all__ = ["Views"]
+__all__ = ["Flight", "Views"]
+
+
+class Flight(NamedTuple):
+    """A round under way at a client.
+
+    Attributes:
+        views: of the global parameters that it was sent.
+    """
+
+    task: RoundTask
+    views: Views
+    node: int
 
 
 class Views:

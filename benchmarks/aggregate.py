@@ -41,6 +41,8 @@ RULES = [
     ("fedex_lora", "r=16"),
     ("flexlora", "r=16"),
     ("flexlora", "mixed"),
+    ("hetlora", "mixed"),
+    ("raflora", "mixed"),
 ]
 # Llama 7B, (out, in).
 SHAPES = {

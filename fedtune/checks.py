@@ -187,8 +187,7 @@ def _lora_rule(args: Arguments) -> str | None:
     from fedtune.strategies import for_mixed_ranks, strategy_of  # torch
 
     adapter, fed = args.adapter, args.federation
-    method = strategy_of(fed)
-    properties, correction = method.properties, method.correction()
+    properties = strategy_of(fed).properties
     kind = adapter.peft_method if adapter.peft_method in LORA else "other"
     if properties.variants is not None and kind not in properties.variants:
         kinds = " or ".join(sorted(properties.variants & set(LORA)))
@@ -210,11 +209,6 @@ def _lora_rule(args: Arguments) -> str | None:
         return (
             f"--client_ranks with --strategy {fed.strategy}: it needs equal ranks. Use "
             f"{for_mixed_ranks()}."
-        )
-    if len(set(ranks)) > 1 and correction is not None and correction.control:
-        return (
-            f"--client_ranks with --strategy {fed.strategy}: control variates need equal ranks. "
-            "Leave out scaffold."
         )
     return None
 

@@ -134,7 +134,7 @@ SETTINGS = {
     },
     "mixed ranks with control": (
         "--strategy scaffold+raflora --client_ranks 4,8",
-        "Leave out scaffold",
+        "Leave one of them out",
     ),
     "unknown arm": ("--compare lokal", "--compare", "'lokal'", "did you mean local?"),
     "all and more": ("--compare all,local", "`all` stands alone"),

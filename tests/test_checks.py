@@ -149,7 +149,7 @@ def test_ranges(flag, values):
         ("--strategy ffa_lora --client_ranks 4,8,8", "it needs equal ranks"),
         ("--strategy fedex_lora --client_ranks 4,8,8", "it needs equal ranks"),
         ("--strategy scaffold --client_ranks 4,8,8", "it needs equal ranks"),
-        ("--strategy scaffold+flexlora --client_ranks 4,8,8", "Leave out scaffold"),
+        ("--strategy scaffold+flexlora --client_ranks 4,8,8", "Leave one of them out"),
         ("--peft_method dora --client_ranks 4,8,8", "it needs equal ranks"),
         ("--strategy flora --peft_method dora --client_ranks 4,8,8", "expected --peft_method lora"),
         ("--peft_method p_tuning --client_ranks 4,4,4", "--client_ranks needs --peft_method lora"),

@@ -105,7 +105,7 @@ def test_a_slow_client_does_not_hold_the_rounds(tmp_path: Path) -> None:
     flags = ["--config", str(REPOSITORY / "recipes" / "lora_sft.yaml"), "--engine", "flower"]
     flags += ["--strategy", "fedbuff", "--strategy_args", "size=1", "--num_clients", "3"]
     flags += ["--partition", "size", "--epochs_per_round", "1", "--num_rounds", "6"]
-    done = run_here(SCRIPT, *flags, "--output_dir", output)
+    done = run_here(REPOSITORY / "recipes" / "lora_sft.py", *flags, "--output_dir", output)
     assert done.status == 0, done.out + done.err
     records = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
     assert [len(record["replies"]) for record in records] == [1] * 6

@@ -176,8 +176,13 @@ def _strategy(args: Arguments) -> str | None:
     if sampled < least:
         return (
             f"--strategy {fed.strategy}: expected at least {least} clients asked in a round, "
-            f"received {sampled}. Raise --num_clients or --fraction_train, or lower f in "
-            "--strategy_args."
+            f"received {sampled}. Raise --num_clients or --fraction_train, or change what asks for "
+            "so many in --strategy_args (f, m, beta)."
+        )
+    if method.buffer(sampled) and fed.min_replies is not None:
+        return (
+            f"--min_replies with --strategy {fed.strategy}: the buffer says how many updates end a "
+            "round. Leave it out, and set size in --strategy_args."
         )
     return None
 
@@ -193,7 +198,7 @@ def _lora_rule(args: Arguments) -> str | None:
         kinds = " or ".join(sorted(properties.variants & set(LORA)))
         return (
             f"--strategy {fed.strategy}: expected --peft_method {kinds}, received "
-            f"{adapter.peft_method}. Use fedavg."
+            f"{adapter.peft_method}. Use that, or fedavg."
         )
     if adapter.client_ranks is None:
         return None

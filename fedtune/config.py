@@ -138,8 +138,16 @@ class FederationArguments:
     max_failed_rounds: int = setting(
         2, "How many times one round may fail before the run ends with an error."
     )
-    strategy: str = setting("fedavg", "Method, or methods joined by `+` (one of each axis).")
-    strategy_args: str | None = setting(None, "Settings of the method: k=v,...")
+    strategy: str = setting(
+        "fedavg",
+        "Method, or methods joined by `+`, one of each axis: fedprox, scaffold; fedbuff, fednova, "
+        "krum, multikrum, median, trimmed_mean, fedit, ffa_lora, rolora, fedsa_lora, flora, "
+        "fedex_lora, flexlora, hetlora, raflora; diloco, fedadagrad, fedadam, fedavgm, fedyogi. "
+        "flwr:NAME: a strategy of Flower. See docs/methods.md.",
+    )
+    strategy_args: str | None = setting(
+        None, "Settings of the method, such as mu=0.1,lr=0.01 or fedadam.lr=0.01."
+    )
     weight_by: Literal["tokens", "examples", "uniform"] = setting(
         "tokens", "Weight of a client in the mean: what it trained on in the round."
     )

@@ -138,9 +138,11 @@ def load_init_adapter(directory: Path | str, manifest: Manifest) -> tuple[Params
         return params_from_peft_dir(directory, manifest)
     params, static, found = load_exported(directory)
     _refuse_other_config(directory, found.adapter_config, manifest)
-    check(params, manifest)
+    tensors = {**static, **params}  # a method may have frozen what is trained here, or the opposite
+    static = {name: tensors.pop(name) for name in manifest.static if name in tensors}
+    check(tensors, manifest)
     check(static, manifest, static=True)
-    return params, static
+    return {name: tensors[name] for name in sorted(tensors)}, static
 
 
 def params_from_peft_dir(directory: Path | str, manifest: Manifest) -> tuple[Params, Params]:

@@ -34,6 +34,7 @@ class ServerState:
         manifest: what the parameters obey.
         method_state: tensors of the method, per parameter.
         base: what the method has added to the base.
+        control_clients: clients that SCAFFOLD's control variate is a mean over.
         client_rounds: last round whose update was taken, per client.
         durable: `client_rounds` of the durable rounds that are kept, by round.
         history: one record per round, index 0 before training.
@@ -46,6 +47,7 @@ class ServerState:
     manifest: Manifest
     method_state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: Cumulative = field(default_factory=Cumulative)
+    control_clients: int = 0
     client_rounds: dict[str, int] = field(default_factory=dict)
     durable: dict[int, dict[str, int]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -114,6 +116,7 @@ def load_latest(directory: Path) -> ServerState | None:
             manifest=Manifest.from_json((latest / "manifest.json").read_text(encoding="utf-8")),
             method_state=method_state,
             base=Cumulative.of(load_file(latest / "base.safetensors"), plain["base_error"]),
+            control_clients=plain["control_clients"],
             client_rounds=plain["client_rounds"],
             durable={int(number): rounds for number, rounds in plain["durable"].items()},
             history=plain["history"],
@@ -129,6 +132,7 @@ def load_latest(directory: Path) -> ServerState | None:
 def _to_json(state: ServerState) -> str:
     plain = {
         "round": state.round,
+        "control_clients": state.control_clients,
         "base_error": dict(state.base.error),
         "client_rounds": state.client_rounds,
         "durable": state.durable,

@@ -19,7 +19,7 @@ from flwr.app import Message, RecordDict
 from fedtune.adapters import Manifest
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
-from fedtune.strategies.agreement import rank_objection
+from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
 from fedtune.strategies.updates import one_line
 from fedtune.strategies.views import Views
@@ -211,7 +211,11 @@ class Membership:
         replies = list(self._grid.pull(pending)) if pending else []
         for reply in replies:
             number = pending[reply.metadata.reply_to_message_id]
-            self._take(number, self._nodes[number], reply)
+            node = self._nodes[number]
+            try:
+                self._take(number, node, reply)
+            except Exception as error:  # an answer from outside may be wrong in any way
+                self._refuse(number, node, f"unusable answer: {one_line(repr(error))}")
         rows = [_row(number, node) for number, node in sorted(self._nodes.items())]
         if rows != self._shown:
             self._shown = rows
@@ -254,6 +258,7 @@ class Membership:
             node.member = Member(number, name, bool(config["evaluates"]))
             text = str(config["manifest"])
             node.manifest = Manifest.from_json(text) if text else None
+            check_ranks(node.manifest)
             node.stage, node.problem = "planned", ""
             known = self._met.get(number)
             if known is None or known.name != name:

@@ -14,7 +14,7 @@ from fedtune.strategies.lora.cumulative import Cumulative
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.manifests import at_ranks, ranks_in
 from fedtune.strategies.mean import toward
-from fedtune.strategies.scaffold import next_control
+from fedtune.strategies.scaffold import next_control, widened
 
 __all__ = ["MethodState", "ServerMemory", "advance"]
 
@@ -30,11 +30,13 @@ class ServerMemory:
         manifest: of the global parameters; its ranks may change with a round.
         method_state: tensors of the method, per parameter.
         base: what the method has added to the base.
+        control_clients: clients that the control variate is a mean over.
     """
 
     manifest: Manifest
     method_state: MethodState = field(default_factory=dict)
     base: Cumulative = field(default_factory=Cumulative)
+    control_clients: int = 0
 
     @property
     def control(self) -> dict[str, Tensor]:
@@ -51,17 +53,19 @@ def advance(
     gathering: Gathering,
     result: Mapping[str, Tensor],
     *,
-    share: float,
+    clients: int,
 ) -> tuple[dict[str, Tensor], ServerMemory]:
     """The new global parameters and memory.
 
     Args:
         old: the global parameters.
         result: of the fold; what it does not name stays as it is.
-        share: of all clients, those whose updates came in.
+        clients: that have ever taken part, or do now.
     """
     control = memory.control
     if gathering.has_control:
+        control = widened(control, memory.control_clients, clients)
+        share = len(gathering.stats) / clients
         control |= next_control(control, gathering.control.result(), share)
     new: dict[str, Tensor] = dict(old)
     state: MethodState = {name: dict(kept) for name, kept in memory.method_state.items()}
@@ -72,4 +76,5 @@ def advance(
         state.setdefault(name, {})[CONTROL] = value
     terms: Mapping[str, Factors] = getattr(gathering.fold, "base", {})
     manifest = at_ranks(memory.manifest, ranks_in(new))
-    return new, ServerMemory(manifest, state, method.cumulate(memory.base, terms))
+    base = method.cumulate(memory.base, terms)
+    return new, ServerMemory(manifest, state, base, clients if control else 0)

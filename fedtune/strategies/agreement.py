@@ -14,8 +14,9 @@ from fedtune.strategies.lora.manifests import like, ranks_of
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b, lora_modules, variants
 from fedtune.strategies.registry import for_mixed_ranks
 
-__all__ = ["check_agreement", "check_variants", "rank_objection"]
+__all__ = ["check_agreement", "check_ranks", "check_variants", "rank_objection"]
 
+MOST_RANK = 64  # that a client may have even in a smaller layer
 DORA = "a DoRA weight is normalised, so a product of factors is not what it adds"
 
 
@@ -31,6 +32,23 @@ def check_variants(method: str, properties: Properties, names: Sequence[str]) ->
         f"{method}: expected {', '.join(sorted(allowed))} tensors, received {found[0]}{reason}. "
         f"Use {advice}."
     )
+
+
+def check_ranks(manifest: Manifest | None) -> None:
+    """Refuse ranks that no layer can have, before memory is taken for them.
+
+    Raises:
+        ManifestError: names the first layer.
+    """
+    entries = {**manifest.entries, **manifest.static} if manifest else {}
+    modules = lora_modules(entries)
+    for name, rank in ranks_of(manifest).items() if manifest else ():
+        factors = [name for name in (modules[name].a, modules[name].b) if name in entries]
+        sizes = [size for factor in factors for size in entries[factor].shape if size != rank]
+        if not 0 < rank <= max([MOST_RANK, *sizes]):
+            raise ManifestError(
+                f"`{name}`: expected a rank that fits the layer, received {rank}. Lower r."
+            )
 
 
 def rank_objection(expected: Manifest, built: Manifest) -> str:

@@ -15,9 +15,10 @@ momentum is taken to start at zero in each round (`--client_state reset`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import repeat
 
 from fedtune.strategies.base import ClientStats, Method, Properties
 from fedtune.strategies.settings import SHARE, setting
@@ -52,11 +53,12 @@ class FedNova(Method):
         return float(forth * back / total**2)
 
     def _length(self, stats: ClientStats) -> float:
-        ones = [1.0] * stats.num_steps
-        return path_length(ones, momentum=self.client_momentum, prox=self.prox)
+        return path_length(
+            repeat(1.0, stats.num_steps), momentum=self.client_momentum, prox=self.prox
+        )
 
 
-def path_length(rates: Sequence[float], *, momentum: float = 0.0, prox: float = 0.0) -> float:
+def path_length(rates: Iterable[float], *, momentum: float = 0.0, prox: float = 0.0) -> float:
     """|a|: how far SGD goes when every gradient is 1.
 
     Closed forms, at rate 1: tau; [tau - rho (1 - rho^tau) / (1 - rho)] / (1 - rho) with momentum

@@ -17,9 +17,9 @@ from fedtune.strategies.updates import Update
 
 __all__ = ["Gathering", "certifies", "squared_distance"]
 
-# A method that is not for LoRA keeps the factors for the residuals up to this many (32 MB in fp32):
-# they are a figure beside the mean, which itself needs no more memory for more clients.
-CERTIFIED_VALUES = 8_000_000
+# For the residuals the factors of all updates are kept, up to this many: 32 MB in fp32, and 1 GB
+# for a LoRA rule. They are a figure beside a mean that needs no more memory for more clients.
+CERTIFIED_VALUES, CERTIFIED_VALUES_OF_A_RULE = 8_000_000, 250_000_000
 
 
 class Gathering:
@@ -66,14 +66,16 @@ class Gathering:
             ManifestError: the method cannot use it.
         """
         weight = self._method.weigh(update.stats)
-        self.fold.add(self._method.rebase(update.params, start, self._now.reference, age), weight)
+        params = self._method.rebase(update.params, start, self._now.reference, age)
+        self.fold.add(params, weight)
         self.stats.append(update.stats)
         if update.control_change:
             self.control.add(update.control_change, self._method.share(update.stats))
         if self.certificate is not None:
-            self.certificate.add({**self._static, **start, **update.params}, weight)
+            self.certificate.add({**self._static, **start, **params}, weight)
         if self.spread is not None:
-            self.spread.add(squared_distance(update.params, start), weight)
+            origin = self._now.reference if age else start
+            self.spread.add(squared_distance(params, origin), weight)
 
 
 def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
@@ -83,8 +85,10 @@ def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
         return False
     lora = [name for name in entries if is_lora_a(name) or is_lora_b(name)]
     values = clients * sum(math.prod(entries[name].shape) for name in lora)
+    if not method.properties.sum_suffices and method.properties.variants is not None:
+        return bool(lora)  # the rule keeps them anyway
     for_lora = method.properties.variants is not None
-    return bool(lora) and (for_lora or values <= CERTIFIED_VALUES)
+    return 0 < values <= (CERTIFIED_VALUES_OF_A_RULE if for_lora else CERTIFIED_VALUES)
 
 
 class Spread:

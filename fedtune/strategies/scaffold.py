@@ -3,10 +3,12 @@
     client:  g <- g - c_k + c,   c_k+ = mean of g over the round
     server:  x <- sum_k p_k y_k,   c <- c + |S| / N sum_k p_k (c_k+ - c_k)
 
-arXiv 1910.06378; S are the clients of the round, N all. The paper's option II,
-c_k+ = c_k - c + (x - y) / (steps lr), is this mean under SGD at a constant rate, and is off by the
-optimizer's scale under AdamW; the mean is right under both. With equal weights the step of c is the
-paper's; with others c stays sum_k p_k c_k, so that the fixed point is the weighted objective's.
+arXiv 1910.06378; S are the clients of the round, N all that ever took part: who comes later starts
+with c_k = 0, who leaves is counted with his last one, as one that is not sampled. The paper's
+option II, c_k+ = c_k - c + (x - y) / (steps lr), is this mean under SGD at a constant rate, and is
+off by the optimizer's scale under AdamW; the mean is right under both. With equal weights the step
+of c is the paper's; with others c stays sum_k p_k c_k, so that the fixed point is the weighted
+objective's.
 
 Travels: one control variate beside the parameters, both ways. Memory: one at the server, three
 copies of the trained parameters at the client, which keeps c_k between its rounds.
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from fedtune.strategies.base import Correction, Method, Properties
 
-__all__ = ["Scaffold", "next_control"]
+__all__ = ["Scaffold", "next_control", "widened"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class Scaffold(Method):
     def correction(self) -> Correction:
         """The control variates."""
         return Correction("scaffold", control=True)
+
+
+def widened(control: Mapping[str, Tensor], before: int, clients: int) -> dict[str, Tensor]:
+    """C over `clients` instead of `before` of them: who is new has c_k = 0."""
+    factor = before / clients if before else 1.0
+    return {
+        name: (value.double() * factor).to(value.dtype) if factor != 1.0 else value
+        for name, value in control.items()
+    }
 
 
 def next_control(

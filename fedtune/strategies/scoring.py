@@ -9,7 +9,7 @@ from flwr.app import Message, MetricRecord
 
 from fedtune.errors import RoundError
 from fedtune.strategies.lora.manifests import rank_total
-from fedtune.strategies.updates import one_line
+from fedtune.strategies.updates import LARGEST_FIGURE, finite_or_none, one_line
 from fedtune.transport.messages import Member
 from fedtune.transport.records import config_of, metrics_of
 
@@ -44,28 +44,44 @@ def mean_scores(
     scores: list[dict[str, float | str]] = []
     problems: list[str] = []
     totals: dict[str, float] = {}
-    weights = 0
+    weights: dict[str, float] = {}
     for message in replies:
         name = clients.get(message.metadata.src_node_id, "a lost client")
         if message.has_error():
             problems.append(f"{name}: {one_line(message.error.reason)}")
             continue
-        metrics = dict(metrics_of(message.content))
         if config_of(message.content).get("round") != server_round:
             problems.append(f"{name}: answered for another round")
             continue
-        examples = int(metrics.pop("num-examples", 0))  # type: ignore[arg-type]
-        weight = int(metrics.pop("num-tokens", 0)) or examples  # type: ignore[arg-type]
-        own = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+        metrics = {key: _figure(value) for key, value in metrics_of(message.content).items()}
+        bad = sorted(key for key, value in metrics.items() if value is None)
+        if bad:
+            problems.append(
+                f"{name}: {bad[0]}: expected a finite number, received another. Lower the learning "
+                "rate, or check the held-out rows"
+            )
+            continue
+        own = {key: value for key, value in metrics.items() if value is not None}
+        examples = own.pop("num-examples", 0.0)
+        weight = own.pop("num-tokens", 0.0) or examples
         scores.append({"client": name, **own})
-        weights += weight
         for key, value in own.items():
             totals[key] = totals.get(key, 0.0) + weight * value
+            weights[key] = weights.get(key, 0.0) + weight
     if problems:
         log.warning("evaluation of round %d: %s", server_round, "; ".join(problems))
-    if not weights and needed:
+    if not any(weights.values()) and needed:
         raise RoundError(
             f"evaluation of round {server_round} failed: "
             f"{'; '.join(problems) or 'no client answered'}"
         )
-    return MetricRecord({key: value / weights for key, value in totals.items()}), scores
+    mean = MetricRecord()
+    for key, value in totals.items():
+        if weights[key] > 0:
+            mean[key] = value / weights[key]
+    return mean, scores
+
+
+def _figure(value: object) -> float | None:
+    number = finite_or_none(value)
+    return None if number is None or abs(number) > LARGEST_FIGURE else number

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -54,8 +54,9 @@ class FedStrategy(Strategy):
         ttl_s: how long a message may wait for its client; infinite when there is no limit.
         pooled: whether one client's held-out rows are those of all.
 
-    Set `members` to who takes part before each use. `memory` is what the server keeps,
-    `client_rounds` the last round of each client whose update was taken.
+    Set `members` to who takes part before each use, and `node_of` to what knows whose reply a
+    message is, where that is not its sender's. `memory` is what the server keeps, `client_rounds`
+    the last round of each client whose update was taken.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class FedStrategy(Strategy):
         self.ttl_s = ttl_s
         self.pooled = pooled
         self.members: list[Member] = []
+        self.node_of: Callable[[Message], int] = lambda reply: reply.metadata.src_node_id
         self.scores: list[dict[str, float | str]] = []
         self.client_rounds: Mapping[str, int] = {}
         self.tasks: dict[str, RoundTask] = {}
@@ -97,7 +99,7 @@ class FedStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the method and its settings."""
-        log.info("method %s over %d clients", self.method, len(self.members))
+        log.info("%s over %d clients", self.method, len(self.members))
 
     @property
     def manifest(self) -> Manifest:
@@ -108,19 +110,20 @@ class FedStrategy(Strategy):
     def needed(self) -> int:
         """Good updates that the round needs, by `min_replies` and by the method."""
         asked = needed_replies(self.min_replies, len(self.outcome.asked))
-        return max(asked, self.method.least_updates())
+        return self.buffer or max(asked, self.method.least_updates())
 
     @property
     def buffer(self) -> int:
-        """Updates after which the round is over while others are under way; 0 to wait for all."""
+        """Updates that end a round while others are under way; 0 to wait for all."""
         return self.method.buffer(sampled_clients(self.fraction_train, len(self.members)))
 
     def sample(self, server_round: int, attempt: int) -> list[str]:
         """Names of the clients asked in this attempt of a round, sorted; the busy ones are not."""
+        self._forget_leavers()
         count = sampled_clients(self.fraction_train, len(self.clients)) - len(self._flights)
         idle = set(self.clients.values()) - self._flights.keys()
         key = f"{self.seed}/{server_round}/{attempt}"
-        return sample_clients(idle, min(count, len(idle)), key)
+        return sample_clients(idle, max(0, min(count, len(idle))), key)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -159,17 +162,16 @@ class FedStrategy(Strategy):
         """
         outcome, gathering = self.outcome, self._gathering(server_round)
         members = {member.node: member for member in self.members}
-        lost: list[str] = []
         for message in replies:
-            node = message.metadata.src_node_id
+            node = self.node_of(message)
             member = members.get(node)
             name = member.name if member else str(node)
-            if message.has_error() and not member:  # the server's, for a lost node
-                lost.append(one_line(message.error.reason))
-                continue
             flight = self._flights.pop(name, None)
             if member is None or flight is None:
                 outcome.refused.append(Refusal(node, name, "not asked, or answered twice"))
+                continue
+            if message.has_error() and message.metadata.src_node_id != node:  # it is lost
+                outcome.refused.append(Refusal(node, name, one_line(message.error.reason)))
                 continue
             started = time.perf_counter()
             try:
@@ -189,29 +191,34 @@ class FedStrategy(Strategy):
             if len(outcome.replies) == self.buffer:
                 break
         else:
-            self._give_up(lost)
-        if len(outcome.replies) < (self.buffer or self.needed):
+            self._give_up()
+        if len(outcome.replies) < self.needed:
             return None, None
         started = time.perf_counter()
         arrays = to_arrays(self._advance(gathering))
         outcome.aggregate_s += time.perf_counter() - started
         return arrays, MetricRecord({"num-examples": outcome.total("examples")})
 
-    def _give_up(self, lost: list[str]) -> None:
+    def _give_up(self) -> None:
         """Wait no more for those under way."""
+        why = "no reply within the round's time limit"
         for name, flight in sorted(self._flights.items()):
-            why = lost.pop() if lost else "no reply within the round's time limit"
             self.outcome.refused.append(Refusal(flight.node, name, why))
         self._flights.clear()
         self.pending.clear()
+
+    def _forget_leavers(self) -> None:
+        """Whoever has left since he was asked may come back as somebody new."""
+        for name in [name for name, f in self._flights.items() if f.node not in self.clients]:
+            del self._flights[name]
+            log.warning("%s has left with a round under way; its update will not be used", name)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The global parameters for the clients that score them (`scoring.scorers`)."""
         self._take(arrays, server_round + 1)
-        base = self._base()
-        personal = self.personal
+        base, personal = self._base(), self.personal
         messages = []
         for member in scorers(
             self.members, self._flights, all_of_them=bool(personal) or not self.pooled
@@ -282,9 +289,9 @@ class FedStrategy(Strategy):
 
     def _advance(self, gathering: Gathering) -> dict[str, Tensor]:
         result, before = gathering.fold.result(), self.memory.base
-        share = len(gathering.stats) / len(self.members)
+        known = len(self.client_rounds.keys() | set(self.clients.values()))
         new, self.memory = advance(
-            self.method, self._global, self.memory, gathering, result, share=share
+            self.method, self._global, self.memory, gathering, result, clients=known
         )
         outcome, added = self.outcome, self.memory.base.change_since(before)
         if gathering.spread is not None:

@@ -61,9 +61,11 @@ class Stock(Method):
     properties = Properties(sum_suffices=False)
 
     def least_updates(self) -> int:
-        """4 f + 3 for Bulyan, which returns nothing below."""
+        """4 f + 3 for Bulyan, which returns nothing below; 2 f + 3 for Krum, as in its paper."""
         if isinstance(self.strategy, flower.Bulyan):
             return 4 * self.strategy.num_malicious_nodes + 3
+        if isinstance(self.strategy, flower.Krum | flower.MultiKrum):
+            return 2 * self.strategy.num_malicious_nodes + 3
         return 1
 
     def fold(self, now: Round = ANY_ROUND) -> StockFold:

@@ -36,6 +36,10 @@ class TrimmedMean(Method):
 
     properties = Properties(axis="rule", sum_suffices=False, robust=True)
 
+    def least_updates(self) -> int:
+        """With fewer there is nothing to drop."""
+        return math.ceil(1 / Fraction(str(self.beta))) if self.beta else 1
+
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""
         return 1.0

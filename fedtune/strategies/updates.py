@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedtune.adapters import Entry, Manifest, check
+from fedtune.adapters import Manifest, check
 from fedtune.errors import ManifestError
 from fedtune.strategies.base import ClientStats
 from fedtune.transport.messages import ARRAYS, CONTROL, RoundTask, arrays_of
 from fedtune.transport.records import config_of, metrics_of, params_of
 
 __all__ = ["Expected", "Refusal", "Update", "UpdateRefusedError", "read_update"]
+
+
+MOST_STEPS = 10**7  # of a round that is planned in epochs
+LARGEST_FIGURE = 1e30
 
 
 class UpdateRefusedError(Exception):
@@ -50,19 +55,22 @@ class Expected:
         manifest: of what it sends.
         manifest_hash: of the adapter that it trains, of which it may send a part.
         control: whether the change of its control variate comes too.
+        most_steps: optimizer steps that it can have taken.
     """
 
     server_round: int
     manifest: Manifest
     manifest_hash: str
     control: bool = False
+    most_steps: int = MOST_STEPS
 
     @classmethod
     def of(cls, task: RoundTask, manifest: Manifest, control: bool) -> Expected:
         """From what a client was asked: it sends neither what stands still nor what is its own."""
         stays = {*task.frozen, *task.personal}
         sent = {name: entry for name, entry in manifest.entries.items() if name not in stays}
-        return cls(task.round, replace(manifest, entries=sent), task.manifest, control)
+        steps = task.steps or MOST_STEPS
+        return cls(task.round, replace(manifest, entries=sent), task.manifest, control, steps)
 
 
 def read_update(message: Message, expected: Expected) -> Update:
@@ -91,25 +99,25 @@ def read_update(message: Message, expected: Expected) -> Update:
     stats = ClientStats(
         num_examples=_count(metrics.get("num-examples"), "num-examples"),
         num_tokens=_count(metrics.get("num-tokens"), "num-tokens"),
-        num_steps=_count(metrics.get("num-steps"), "num-steps"),
+        num_steps=_count(metrics.get("num-steps"), "num-steps", expected.most_steps),
     )
     return Update(
         client=str(config.get("client", message.metadata.src_node_id)),
         params=params,
         stats=stats,
-        train_loss=finite_or_none(metrics.get("train-loss")),
-        train_s=finite_or_none(metrics.get("train-s")) or 0.0,
+        train_loss=_plausible(metrics.get("train-loss")),
+        train_s=abs(_plausible(metrics.get("train-s")) or 0.0),
         control_change=control,
     )
 
 
 def _control(message: Message, expected: Expected) -> dict[str, Tensor]:
-    """The change of the control variate: as the parameters sent, in a precision of its own."""
+    """The change of the control variate: as the parameters sent, in fp32 at least."""
     if not expected.control:
         return {}
     control = arrays_of(message.content, CONTROL)
     entries = {
-        name: entry._replace(dtype=Entry.of(control[name]).dtype) if name in control else entry
+        name: entry._replace(dtype=_precise(entry.dtype))
         for name, entry in expected.manifest.entries.items()
     }
     try:
@@ -117,6 +125,17 @@ def _control(message: Message, expected: Expected) -> dict[str, Tensor]:
     except ManifestError as error:
         raise ManifestError(f"control variate: {error}") from None
     return control
+
+
+def _precise(dtype: str) -> str:
+    wide = torch.promote_types(getattr(torch, dtype), torch.float32)
+    return str(wide).removeprefix("torch.")
+
+
+def _plausible(value: object) -> float | None:
+    """A figure for the record, small enough to be summed; None when it is no such number."""
+    number = finite_or_none(value)
+    return None if number is None or abs(number) > LARGEST_FIGURE else number
 
 
 def finite_or_none(value: object) -> float | None:
@@ -132,7 +151,7 @@ def one_line(text: str | None, limit: int = 300) -> str:
     return folded if len(folded) <= limit else folded[: limit - 1] + "…"
 
 
-def _count(value: object, name: str) -> int:
-    if not isinstance(value, int) or not 0 < value < 2**53:
-        raise UpdateRefusedError(f"{name}: expected a positive whole number, received {value!r}")
+def _count(value: object, name: str, most: int = 2**53 - 1) -> int:
+    if not isinstance(value, int) or not 0 < value <= most:
+        raise UpdateRefusedError(f"{name}: expected 1 to {most}, received {value!r}")
     return value

@@ -30,6 +30,7 @@ class Traffic:
 class EagerGrid:
     """Sends messages through `grid` and yields replies one by one.
 
+    A reply is kept until somebody asks for it: what a round leaves over is there for the next one.
     `traffic` counts bytes since it was last replaced.
     """
 
@@ -38,6 +39,8 @@ class EagerGrid:
         self.poll_interval_s = poll_interval_s
         self.traffic = Traffic()
         self.wait_s = 0.0
+        self._asked: dict[str, int] = {}  # id of a message -> node that it went to
+        self._inbox: list[Message] = []
 
     def get_node_ids(self) -> list[int]:
         """Ids of the connected nodes, sorted."""
@@ -47,19 +50,36 @@ class EagerGrid:
         """Send messages without waiting for a reply; returns their ids."""
         outgoing = list(messages)
         self.traffic.down += sum(count_bytes(message.content) for message in outgoing)
-        return list(self.grid.push_messages(outgoing))
+        ids = list(self.grid.push_messages(outgoing))
+        nodes = [message.metadata.dst_node_id for message in outgoing]
+        self._asked.update(zip(ids, nodes, strict=True))
+        return ids
+
+    def node_of(self, reply: Message) -> int:
+        """The node that was asked: the reply for one that is lost comes from the server itself."""
+        metadata = reply.metadata
+        return self._asked.get(metadata.reply_to_message_id, metadata.src_node_id)
 
     def pull(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies that are there by now; each is let go of before the next is handed out."""
-        started = time.monotonic()
-        replies = list(self.grid.pull_messages(message_ids))
+        wanted, started = set(message_ids), time.monotonic()
+        missing = wanted - {message.metadata.reply_to_message_id for message in self._inbox}
+        self._inbox.extend(self.grid.pull_messages(missing) if missing else ())
         self.wait_s += time.monotonic() - started
-        while replies:
-            reply = replies.pop(0)
-            if reply.has_content():
-                self.traffic.up += count_bytes(reply.content)
-            yield reply
-            del reply
+        while (index := self._next(wanted)) is not None:
+            if self._inbox[index].has_content():
+                self.traffic.up += count_bytes(self._inbox[index].content)
+            message_id = self._inbox[index].metadata.reply_to_message_id
+            yield self._inbox.pop(index)
+            self._asked.pop(message_id, None)
+
+    def _next(self, wanted: set[str]) -> int | None:
+        """The first reply that is wanted, or that answers no open message: nobody will ask."""
+        for index, reply in enumerate(self._inbox):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in wanted or message_id not in self._asked:
+                return index
+        return None
 
     def pause(self) -> None:
         """Wait until the next look."""

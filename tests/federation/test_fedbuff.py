@@ -87,6 +87,54 @@ def test_it_goes_with_a_server_optimizer_and_with_sampling(tmp_path: Path) -> No
     assert {key for memory in state.method_state.values() for key in memory} == {"m", "v"}
 
 
+class Batches(DelayedGrid):
+    """Hands out all replies that are due in one pull, once, as a SuperLink does."""
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        wanted, found = set(message_ids), []
+        while reply := list(super().pull_messages(wanted)):
+            found += reply
+            wanted -= {message.metadata.reply_to_message_id for message in reply}
+        return found
+
+
+class Leaving(Batches):
+    """Two of four nodes leave after the first round."""
+
+    def get_node_ids(self) -> Any:
+        nodes = list(super().get_node_ids())
+        return nodes if self.now < 1.5 else nodes[:2]
+
+
+def on_grid(directory: Path, grid_type: type[DelayedGrid], clients: int, **given: Any) -> Any:
+    worker = small_worker(directory, clients=clients)
+    server = server_run(2, num_rounds=4, **given)
+    with task_identity(1, 1):
+        grid = grid_type(client_app(lambda: worker), [1.0] * clients)
+        server_app(server)(grid, grid._contexts[2])
+    return result_of(server)
+
+
+def test_replies_that_come_together_are_all_used(tmp_path: Path) -> None:
+    state = on_grid(tmp_path, Batches, 4, method=FedBuff(size=2))
+    names = sorted(name for part in took_part(state) for name, _ in part)
+    assert names == sorted([f"client-{k}" for k in range(4)] * 2)
+
+
+def test_clients_under_way_may_leave(tmp_path: Path) -> None:
+    state = on_grid(tmp_path, Leaving, 4, method=FedBuff(size=1))
+    assert [len(part) for part in took_part(state)] == [1] * 4
+
+
+def test_the_residual_is_that_of_the_moved_update(tmp_path: Path) -> None:
+    """One update a round is its own mean, late or not; fp32 factors, so 1e-6."""
+    state, _ = run(tmp_path, FedBuff(size=1), [1.0, 2.5], rounds=4)
+    assert any(number < r + 1 for r, ((_, number),) in enumerate(took_part(state)))
+    for record in state.history[1:]:
+        assert record["residual"] < 1e-6
+        assert record["client_drift"] < 1e-6
+
+
 def test_what_cannot_be_late_is_refused() -> None:
     with pytest.raises(ConfigError, match="late updates"):
         build_method("scaffold+fedbuff", weight_by="tokens")

@@ -1,0 +1,98 @@
+"""Quantized transport of one tensor: `encode` to bytes that say what they are, `decode` them.
+
+Pure: no state, no randomness, arguments stay as they are. Only finite values travel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ConfigError, ManifestError
+from fedtune.nearest import nearest
+from fedtune.transport.codecs.base import Codec, magnitude, refused
+from fedtune.transport.codecs.bf16 import Bf16Codec
+from fedtune.transport.codecs.fp4 import Fp4Codec
+from fedtune.transport.codecs.fp16 import Fp16Codec
+from fedtune.transport.codecs.int8 import Int8Codec
+from fedtune.transport.codecs.nf4 import Nf4Codec
+from fedtune.transport.codecs.none import NoneCodec
+from fedtune.transport.codecs.payload import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    MAX_SIZE,
+    Header,
+    read_payload,
+    write_payload,
+)
+
+__all__ = ["CODECS", "Codec", "decode", "encode"]
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (NoneCodec(), Bf16Codec(), Fp16Codec(), Int8Codec(), Nf4Codec(), Fp4Codec())
+}
+_BY_NUMBER = {codec.number: codec for codec in CODECS.values()}
+
+
+def encode(tensor: Tensor, codec: str = "none", *, name: str = "tensor") -> bytes:
+    """A payload of the values of `tensor`; integers and bools go as they are under every codec.
+
+    Raises ManifestError with `name` on NaN, Inf and values too large for the codec, ConfigError on
+    a codec that is none.
+    """
+    if codec not in CODECS:
+        raise ConfigError(f"--codec: unknown codec {codec!r}. {nearest(codec, CODECS)}")
+    tensor = tensor.detach().cpu()
+    _check_form(tensor, name)
+    flat = tensor.reshape(-1)
+    chosen, dtype = CODECS[codec], tensor.dtype
+    if dtype.is_floating_point:
+        _check_values(flat, chosen, name)
+    if not dtype.is_floating_point or dtype.itemsize <= chosen.item_bytes:
+        chosen = CODECS["none"]
+    return write_payload(Header(chosen.number, dtype, tuple(tensor.shape)), chosen.encode(flat))
+
+
+def decode(payload: bytes | bytearray | memoryview) -> Tensor:
+    """The tensor of a payload, on the CPU, of the dtype and shape it was encoded from.
+
+    Raises FrameError on anything but a whole payload of a known codec and version.
+    """
+    header, data = read_payload(payload)
+    codec, dtype = _BY_NUMBER.get(header.codec), header.dtype
+    if codec is None:
+        raise refused(f"codec 0 to {max(_BY_NUMBER)}", f"{header.codec}")
+    if codec.number and (not dtype.is_floating_point or dtype.itemsize <= codec.item_bytes):
+        raise refused(f"{dtype} under codec none", codec.name)
+    return codec.decode(data, dtype, header.numel).reshape(header.shape)
+
+
+def _check_form(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ManifestError(
+            f"{name}: expected a dense tensor of {known}, received {tensor.dtype} "
+            f"({tensor.layout}). Convert it first."
+        )
+    if tensor.dim() > MAX_DIMENSIONS or any(size > MAX_SIZE for size in tensor.shape):
+        raise ManifestError(
+            f"{name}: expected up to {MAX_DIMENSIONS} dimensions of up to {MAX_SIZE}, received "
+            f"{tuple(tensor.shape)}. Cut the tensor."
+        )
+
+
+def _check_values(flat: Tensor, codec: Codec, name: str) -> None:
+    largest = magnitude(flat)
+    if not math.isfinite(largest):
+        raise ManifestError(
+            f"{name}: expected finite values, received NaN or Inf. Lower the learning rate, or "
+            "look for the batch that made it."
+        )
+    if flat.dtype.itemsize > codec.item_bytes and largest >= codec.limit:
+        raise ManifestError(
+            f"{name}: expected magnitudes below {codec.limit:.6g} under --codec {codec.name}, "
+            f"received {largest:.6g}. Use --codec bf16 or none."
+        )

@@ -70,7 +70,7 @@ METHODS = {
     "scaffold+fedavgm": "lr=0.5,beta=0.5",
     "fedprox+ffa_lora+fedadam": "mu=0.01,lr=0.003,beta1=0",
 }
-IID = ("fedavg", "scaffold", "fedadam", "ffa_lora", "fedex_lora")
+IID = ("fedavg", "scaffold", "fedadam")
 FEW = ("fedavg", "fednova", "fedadam", "median")
 ROUNDS = (1, 2, 5)
 HEADS = ("method", "final loss", *(f"round {n}" for n in ROUNDS), "best (round)")

@@ -17,6 +17,8 @@ __all__ = ["mean_scores", "scorers"]
 
 log = logging.getLogger(__name__)
 
+DECISIVE = ("eval_loss", "num-examples", "num-tokens")
+
 
 def scorers(members: Sequence[Member], busy: Collection[str], *, all_of_them: bool) -> list[Member]:
     """Who scores the global parameters: of those with held-out rows the ones that are not busy.
@@ -53,15 +55,16 @@ def mean_scores(
         if config_of(message.content).get("round") != server_round:
             problems.append(f"{name}: answered for another round")
             continue
-        metrics = {key: _figure(value) for key, value in metrics_of(message.content).items()}
-        bad = sorted(key for key, value in metrics.items() if value is None)
+        metrics = dict(metrics_of(message.content))
+        bad = [key for key in DECISIVE if key in metrics and not _is_figure(metrics[key])]
         if bad:
             problems.append(
                 f"{name}: {bad[0]}: expected a finite number, received another. Lower the learning "
                 "rate, or check the held-out rows"
             )
             continue
-        own = {key: value for key, value in metrics.items() if value is not None}
+        # Others may be undefined here and there: as a mean they then are, too.
+        own = {key: float(v) for key, v in metrics.items() if isinstance(v, int | float)}
         examples = own.pop("num-examples", 0.0)
         weight = own.pop("num-tokens", 0.0) or examples
         scores.append({"client": name, **own})
@@ -82,6 +85,6 @@ def mean_scores(
     return mean, scores
 
 
-def _figure(value: object) -> float | None:
+def _is_figure(value: object) -> bool:
     number = finite_or_none(value)
-    return None if number is None or abs(number) > LARGEST_FIGURE else number
+    return number is not None and abs(number) <= LARGEST_FIGURE

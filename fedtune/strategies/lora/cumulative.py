@@ -141,10 +141,6 @@ def one_adapter(
 
 
 def _rounding(factors: Factors, dtype: torch.dtype) -> float:
-    """Bound of what rounding both factors to `dtype` costs: half an ulp each, and the product.
-
-    The decomposition itself, in fp64, is off by some more ulps of its own.
-    """
+    """Bound of what rounding both factors to `dtype` costs: half an ulp each, and the product."""
     lengths = torch.linalg.matrix_norm(factors.B) * torch.linalg.matrix_norm(factors.A)
-    ulps = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps
-    return float(ulps * lengths) * (1 + 1e-6)
+    return float(torch.finfo(dtype).eps * lengths) * (1 + 1e-6)

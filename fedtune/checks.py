@@ -166,8 +166,7 @@ def _strategy(args: Arguments) -> str | None:
         method = strategy_of(fed)
     except ConfigError as error:
         return str(error)
-    correction = method.correction()
-    if correction and correction.control and getattr(args.training, "fp16", False):
+    if method.has_control and getattr(args.training, "fp16", False):
         return (
             f"--strategy {fed.strategy} with --fp16: the loss scaler leaves out steps that control "
             "variates count on. Use --bf16."

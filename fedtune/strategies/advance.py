@@ -63,7 +63,7 @@ def advance(
         clients: that have ever taken part, or do now.
     """
     control = memory.control
-    if gathering.has_control:
+    if method.has_control:
         control = widened(control, memory.control_clients, clients)
         share = len(gathering.stats) / clients
         control |= next_control(control, gathering.control.result(), share)

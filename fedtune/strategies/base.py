@@ -145,6 +145,12 @@ class Method:
         """What clients add to their gradients."""
         return None
 
+    @property
+    def has_control(self) -> bool:
+        """Whether a control variate travels beside the parameters."""
+        correction = self.correction()
+        return correction is not None and correction.control
+
     def share(self, stats: ClientStats) -> float:
         """Weight of one client's rows in the objective, by `weight_by`, before normalisation."""
         if self.weight_by == "uniform":

@@ -49,12 +49,6 @@ class Gathering:
         self.spread = Spread() if same_ranks and not method.properties.refactors else None
         self.stats: list[ClientStats] = []
 
-    @property
-    def has_control(self) -> bool:
-        """Whether control variates came in."""
-        correction = self._method.correction()
-        return correction is not None and correction.control
-
     def add(self, update: Update, start: Mapping[str, Tensor], age: int = 0) -> None:
         """Fold one client's update in.
 

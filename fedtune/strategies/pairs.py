@@ -15,8 +15,7 @@ def why_not(method: Method, rule: Method) -> str | None:
     """Why a correction or a server optimizer does not go with a rule; None if it does."""
     if method.properties.axis == "server_optimizer":
         return _server_optimizer(rule)
-    correction = method.correction()
-    return _control_variates(rule) if correction and correction.control else None
+    return _control_variates(rule) if method.has_control else None
 
 
 def _server_optimizer(rule: Method) -> str | None:

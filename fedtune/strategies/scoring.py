@@ -9,7 +9,7 @@ from flwr.app import Message, MetricRecord
 
 from fedtune.errors import RoundError
 from fedtune.strategies.lora.manifests import rank_total
-from fedtune.strategies.updates import LARGEST_FIGURE, finite_or_none, one_line
+from fedtune.strategies.updates import one_line, plausible
 from fedtune.transport.messages import Member
 from fedtune.transport.records import config_of, metrics_of
 
@@ -56,7 +56,7 @@ def mean_scores(
             problems.append(f"{name}: answered for another round")
             continue
         metrics = dict(metrics_of(message.content))
-        bad = [key for key in DECISIVE if key in metrics and not _is_figure(metrics[key])]
+        bad = [key for key in DECISIVE if key in metrics and plausible(metrics[key]) is None]
         if bad:
             problems.append(
                 f"{name}: {bad[0]}: expected a finite number, received another. Lower the learning "
@@ -83,8 +83,3 @@ def mean_scores(
         if weights[key] > 0:
             mean[key] = value / weights[key]
     return mean, scores
-
-
-def _is_figure(value: object) -> bool:
-    number = finite_or_none(value)
-    return number is not None and abs(number) <= LARGEST_FIGURE

@@ -131,7 +131,7 @@ class FedStrategy(Strategy):
         """One message per client in `tasks`; equal parameter records are shared."""
         self._take(arrays, server_round)
         members = {member.name: member for member in self.members}
-        control = to_arrays(self.memory.control) if self._has_control else None
+        control = to_arrays(self.memory.control) if self.method.has_control else None
         base = self._base()
         for name, task in self.tasks.items():
             self._flights[name] = Flight(task, self._views, members[name].node)
@@ -176,7 +176,9 @@ class FedStrategy(Strategy):
             started = time.perf_counter()
             try:
                 manifest = member.manifest or self.manifest
-                update = read_update(message, Expected.of(flight.task, manifest, self._has_control))
+                update = read_update(
+                    message, Expected.of(flight.task, manifest, self.method.has_control)
+                )
                 age = server_round - flight.task.round
                 gathering.add(update, flight.views.params(member.manifest), age)
             except (UpdateRefusedError, ManifestError) as error:
@@ -257,11 +259,6 @@ class FedStrategy(Strategy):
     def personal(self) -> list[str]:
         """Trained tensors that stay with their client."""
         return [name for name in sorted(self.manifest.entries) if not self.method.travels(name)]
-
-    @property
-    def _has_control(self) -> bool:
-        correction = self.method.correction()
-        return correction is not None and correction.control
 
     def _take(self, arrays: ArrayRecord, server_round: int) -> None:
         self._global = params_of(arrays)

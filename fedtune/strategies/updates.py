@@ -105,8 +105,8 @@ def read_update(message: Message, expected: Expected) -> Update:
         client=str(config.get("client", message.metadata.src_node_id)),
         params=params,
         stats=stats,
-        train_loss=_plausible(metrics.get("train-loss")),
-        train_s=abs(_plausible(metrics.get("train-s")) or 0.0),
+        train_loss=plausible(metrics.get("train-loss")),
+        train_s=abs(plausible(metrics.get("train-s")) or 0.0),
         control_change=control,
     )
 
@@ -132,7 +132,7 @@ def _precise(dtype: str) -> str:
     return str(wide).removeprefix("torch.")
 
 
-def _plausible(value: object) -> float | None:
+def plausible(value: object) -> float | None:
     """A figure for the record, small enough to be summed; None when it is no such number."""
     number = finite_or_none(value)
     return None if number is None or abs(number) > LARGEST_FIGURE else number

@@ -3,15 +3,16 @@
 python benchmarks/codecs.py                            # a minute
 python benchmarks/codecs.py --peers --peer_python PY   # also bitsandbytes, and NVFlare in PY
 
-normal  --mb of fp32 values N(0, 0.001): `bytes` a value, headers included, `l2` = |x - x'| / |x|,
-        GB/s of fp32 in and out, by the clock and by the processor (`cpu`), the best of RUNS, at
-        1 and 2 threads. `enc_mb` and `dec_mb`: VmHWM beyond what lay there before, so payload and
-        output included; `payload_mb` is the payload alone
+normal  --mb of fp32 values N(0, 0.001): `bytes` a value, headers included, `share` of fp32, `l2` =
+        |x - x'| / |x|, GB/s of fp32 in and out, by the clock and by the processor (`cpu`), at 1 and
+        2 threads. Each number is the best of RUNS calls, and of --sittings of all rows the median.
+        `enc_mb` and `dec_mb`: VmHWM beyond what lay there before, so payload and output included;
+        `payload_mb` is the payload alone
 delta   what 30 steps of AdamW at 5e-3 change in rank-8 LoRA factors of the built-in model; one
         payload a tensor, `l2` over all of them
 peers   bitsandbytes' functions on the CPU, `+` with quantized scales; NVFlare's filters as they are
-        shipped (those below 16 bits but adaquant need CUDA; PY needs bitsandbytes for any). Bytes
-        are those of codes and scales
+        shipped, with this environment's bitsandbytes where PY has none (it imports it for any;
+        those below 16 bits but adaquant need CUDA). Bytes are those of codes and scales
 
 Each row is a process of its own. On a busy machine only `cpu` means something, and a thread that
 waits for the other one is busy there too.
@@ -20,9 +21,11 @@ waits for the other one is busy there too.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,7 @@ LORA_RANK, STEPS, LEARNING_RATE, ROWS = 8, 30, 5e-3, 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mb", type=int, default=32, help="of fp32 values")
+    parser.add_argument("--sittings", type=int, default=1, help="take medians of so many")
     parser.add_argument("--only", help="comma-separated codecs")
     parser.add_argument("--peers", action="store_true", help="also bitsandbytes' CPU functions")
     parser.add_argument("--peer_python", type=Path, help="also NVFlare, with this interpreter")
@@ -56,17 +60,41 @@ def main() -> None:
     rows += [f"nvflare/{name}" for name in NVFLARE if args.peers and args.peer_python]
     if args.only:
         rows = [row for row in rows if row.split("/")[1] in args.only.split(",")]
-    results = {}
+    sittings, loads = [], []
     with tempfile.TemporaryDirectory() as folder:
-        args.delta = str(Path(folder, "delta.safetensors"))
-        results["train"] = in_own_process("train/lora", args, 1)
-        for row in rows:
-            one, two = (in_own_process(row, args, threads) for threads in (1, 2))
-            speeds = {f"{key}_2": two[key] for key in two if "gb_s" in key}
-            results[row] = {**one, **speeds}
-            print(f"{row:<24}" + "  ".join(f"{k} {v}" for k, v in results[row].items()), flush=True)
+        args.delta, args.lent = str(Path(folder, "delta.safetensors")), folder
+        lend(folder, "bitsandbytes", "packaging")
+        trained = in_own_process("train/lora", args, 1)
+        print(f"trained: {trained}")
+        for _ in range(args.sittings):
+            loads.append(os.getloadavg()[0])
+            sittings.append({row: at_1_and_2_threads(row, args) for row in rows})
+    results = {row: medians([sitting[row] for sitting in sittings]) for row in rows}
+    for row, numbers in results.items():
+        print(f"{row:<24}" + "  ".join(f"{k} {v}" for k, v in numbers.items()))
+    print(f"load before each sitting: {loads}")
     if args.json:
-        args.json.write_text(json.dumps({"mb": args.mb, "rows": results}, indent=1))
+        everything = {"mb": args.mb, "load": loads, "trained": trained, "rows": results}
+        args.json.write_text(json.dumps({**everything, "sittings": sittings}, indent=1))
+
+
+def at_1_and_2_threads(row: str, args: argparse.Namespace) -> dict[str, object]:
+    one, two = (in_own_process(row, args, threads) for threads in (1, 2))
+    return {**one, **{f"{key}_2": two[key] for key in two if "gb_s" in key}}
+
+
+def medians(rows: list[dict[str, object]]) -> dict[str, object]:
+    if "error" in rows[0]:
+        return rows[0]
+    return {key: round(statistics.median(row[key] for row in rows), 5) for key in rows[0]}
+
+
+def lend(folder: str, *packages: str) -> None:
+    """Links for an interpreter that lacks them; torch is its own."""
+    for package in packages:
+        found = importlib.util.find_spec(package)
+        if found and found.origin:
+            Path(folder, package).symlink_to(Path(found.origin).parent)
 
 
 def in_own_process(row: str, args: argparse.Namespace, threads: int) -> dict[str, object]:
@@ -74,6 +102,8 @@ def in_own_process(row: str, args: argparse.Namespace, threads: int) -> dict[str
     command = [python, __file__, "--mb", str(args.mb), "--delta", args.delta, "--row", row]
     # NVFlare's tools log to stdout.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if row.startswith("nvflare"):
+        environment["PYTHONPATH"] = args.lent
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -131,6 +161,7 @@ def measure(maker: str, name: str, args: argparse.Namespace) -> dict[str, object
     payloads = [encode(part.clone()) for part in delta]
     return {
         "bytes": round(payload_bytes / x.numel(), 5),
+        "share": round(payload_bytes / x.nbytes, 5),
         "l2": figure(l2),
         "delta_bytes": round(sum(map(size_of, payloads)) / sum(p.numel() for p in delta), 5),
         "delta_l2": figure(relative_l2(delta, list(map(decode, payloads)))),

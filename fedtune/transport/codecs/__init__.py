@@ -27,31 +27,37 @@ from fedtune.transport.codecs.payload import (
     read_payload,
     write_payload,
 )
+from fedtune.transport.codecs.zstd import ZstdCodec
 
 __all__ = ["CODECS", "Codec", "decode", "encode"]
 
+# What `--codec` chooses from.
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (NoneCodec(), Bf16Codec(), Fp16Codec(), Int8Codec(), Nf4Codec(), Fp4Codec())
 }
-_BY_NUMBER = {codec.number: codec for codec in CODECS.values()}
+_BY_NAME = {**CODECS, "zstd": ZstdCodec()}
+_BY_NUMBER = {codec.number: codec for codec in _BY_NAME.values()}
 
 
 def encode(tensor: Tensor, codec: str = "none", *, name: str = "tensor") -> bytes:
-    """A payload of the values of `tensor`; integers and bools go as they are under every codec.
+    """A payload of the values of `tensor`.
+
+    `codec` is a key of `CODECS`, under which integers and bools go as they are, or `zstd`, which is
+    for them: for differences of bits (`transport/bits.py`).
 
     Raises ManifestError with `name` on NaN, Inf and values too large for the codec, ConfigError on
     a codec that is none.
     """
-    if codec not in CODECS:
+    if codec not in _BY_NAME:
         raise ConfigError(f"--codec: unknown codec {codec!r}. {nearest(codec, CODECS)}")
     tensor = tensor.detach().cpu()
     _check_form(tensor, name)
-    flat = tensor.reshape(-1)
-    chosen, dtype = CODECS[codec], tensor.dtype
+    flat = tensor.contiguous().view(-1)
+    chosen, dtype = _BY_NAME[codec], tensor.dtype
     if dtype.is_floating_point:
         _check_values(flat, chosen, name)
-    if not dtype.is_floating_point or dtype.itemsize <= chosen.item_bytes:
+    if not chosen.accepts(dtype):
         chosen = CODECS["none"]
     return write_payload(Header(chosen.number, dtype, tuple(tensor.shape)), chosen.encode(flat))
 
@@ -65,7 +71,7 @@ def decode(payload: bytes | bytearray | memoryview) -> Tensor:
     codec, dtype = _BY_NUMBER.get(header.codec), header.dtype
     if codec is None:
         raise refused(f"codec 0 to {max(_BY_NUMBER)}", f"{header.codec}")
-    if codec.number and (not dtype.is_floating_point or dtype.itemsize <= codec.item_bytes):
+    if not codec.accepts(dtype):
         raise refused(f"{dtype} under codec none", codec.name)
     return codec.decode(data, dtype, header.numel).reshape(header.shape)
 

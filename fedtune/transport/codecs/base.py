@@ -1,9 +1,9 @@
 """What a codec is: a pure map from the values of one tensor to bytes and back.
 
 A codec sees finite values only, flat, on the CPU, and works on `CHUNK` of them at a time: what it
-needs besides input and output stays in the cache. The blocks are numpy's: torch would share every
-chunk between threads, and where another process has the core, wait for it each time.
-Hosts are little-endian, as is the format.
+needs besides input and output stays in the cache. One thread does it, so the work on blocks is
+numpy's, and torch gets `SERIAL` values a call: more it would share with other threads, and where
+another process has their core, wait for them each time. Hosts are little-endian, as is the format.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from fedtune.errors import FrameError
 __all__ = [
     "CHUNK",
     "FLOOR",
+    "SERIAL",
     "Bytes",
     "Codec",
     "Floats",
     "as_bytes",
     "block_maxima",
     "chunks",
+    "convert",
     "empty",
-    "finite",
     "fp32_blocks",
     "load",
     "magnitude",
     "refused",
     "store",
+    "valid",
 ]
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 CHUNK = 1 << 16  # values; 256 kB of fp32, which a core's L2 cache holds with its results
+SERIAL = 1 << 15  # values
 FLOOR = 2.0**-110  # 7.7e-34: a block without a larger value becomes zeros; 1 / scale stays in fp32
 
 
@@ -52,13 +55,19 @@ class Codec(ABC):
         name: What `--codec` calls it.
         number: What a payload calls it.
         limit: Values from here on would become Inf.
-        item_bytes: It is for values of more bytes than this; others lose nothing by going as is.
+        item_bytes: It is for floats of more bytes than this; others lose nothing by going as is.
+        block: Values that share a scale.
     """
 
     name: str
     number: int
     limit: float
     item_bytes: int = 0
+    block: int = 1
+
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Whether it is for values of `dtype`."""
+        return dtype.is_floating_point and dtype.itemsize > self.item_bytes
 
     @abstractmethod
     def encode(self, flat: Tensor) -> Iterator[Bytes]:
@@ -94,18 +103,24 @@ def refused(
     return FrameError(f"payload: expected {expected}, received {received}. {fix}.")
 
 
-def chunks(flat: Tensor) -> Iterator[Tensor]:
-    """The values, `CHUNK` at a time, not copied."""
-    yield from (flat[start : start + CHUNK] for start in range(0, flat.numel(), CHUNK))
+def chunks(flat: Tensor, size: int = SERIAL) -> Iterator[Tensor]:
+    """The values, `size` at a time, not copied."""
+    yield from (flat[start : start + size] for start in range(0, flat.numel(), size))
+
+
+def convert(flat: Tensor, into: Tensor) -> None:
+    """Write the values as those of another dtype."""
+    for part, place in zip(chunks(flat), chunks(into), strict=True):
+        place.copy_(part)
 
 
 def fp32_blocks(flat: Tensor, block: int) -> Iterator[Floats]:
     """The values as fp32, (rows, block) a time; zeros fill the last row."""
     scratch = torch.empty(min(CHUNK, flat.numel() + block))
-    for part in chunks(flat):
+    for part in chunks(flat, CHUNK):
         rows, size = -(-part.numel() // block), part.numel()
         if part.dtype != torch.float32 or size < rows * block:
-            scratch[:size].copy_(part)
+            convert(part, scratch[:size])
             scratch[size : rows * block] = 0
             part = scratch[: rows * block]
         yield part.numpy().reshape(rows, block)
@@ -122,12 +137,14 @@ def magnitude(flat: Tensor) -> float:
     """max|x| without a temporary, NaN where there is one; 0 of no values and of integers."""
     if not flat.numel() or not flat.dtype.is_floating_point:
         return 0.0
-    low, high = torch.aminmax(flat)
-    return float(torch.maximum(-low, high))
+    ends = [torch.stack(torch.aminmax(part)) for part in chunks(flat)]
+    return float(torch.stack(ends).abs().max())
 
 
-def finite(flat: Tensor) -> Tensor:
-    """The decoded values themselves, which must be finite as encoded ones are."""
+def valid(flat: Tensor) -> Tensor:
+    """The decoded values themselves, which must be finite as encoded ones are, a bool 0 or 1."""
+    if flat.dtype == torch.bool and as_bytes(flat).max(initial=0) > 1:
+        raise refused("0 or 1 as a bool", "another byte")
     if not math.isfinite(magnitude(flat)):
         raise refused("finite values", "NaN or Inf", "Look for them at the sender")
     return flat
@@ -140,4 +157,4 @@ def store(out: Tensor, start: int, values: Floats) -> None:
     if out.dtype == torch.float32:
         np.copyto(place.numpy(), part)
     else:
-        place.copy_(torch.from_numpy(part))
+        convert(torch.from_numpy(part), place)

@@ -50,7 +50,7 @@ class Block4Codec(Codec):
         book: The value of each code, as numbers of fp32.
     """
 
-    limit = 2.0**128 - 2.0**103  # fp32's
+    block, limit = BLOCK, 2.0**128 - 2.0**103  # fp32's
     book: tuple[float, ...]
 
     @cached_property

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fedtune.transport.codecs.base import (
-    CHUNK,
+    SERIAL,
     Bytes,
     Codec,
     as_bytes,
     chunks,
     empty,
-    finite,
     load,
     refused,
+    valid,
 )
 
 __all__ = ["HalfCodec"]
@@ -30,7 +30,7 @@ class HalfCodec(Codec):
 
     def encode(self, flat: Tensor) -> Iterator[Bytes]:
         """A conversion, chunk by chunk."""
-        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=self.wire)
+        scratch = torch.empty(min(SERIAL, flat.numel()), dtype=self.wire)
         yield from (as_bytes(scratch[: len(part)].copy_(part)) for part in chunks(flat))
 
     def decode(self, data: Bytes, dtype: torch.dtype, count: int) -> Tensor:
@@ -38,9 +38,9 @@ class HalfCodec(Codec):
         if len(data) != 2 * count:
             raise refused(f"{2 * count} bytes of values", f"{len(data)}")
         out = empty(count, dtype)
-        scratch = torch.empty(min(CHUNK, count), dtype=self.wire)
-        for start in range(0, count, CHUNK):
-            part = out[start : start + CHUNK]
+        scratch = torch.empty(min(SERIAL, count), dtype=self.wire)
+        for start in range(0, count, SERIAL):
+            part = out[start : start + SERIAL]
             size = part.numel()
             part.copy_(load(data[2 * start : 2 * (start + size)], scratch[:size]))
-        return finite(out)
+        return valid(out)

@@ -14,9 +14,9 @@ from fedtune.transport.codecs.base import (
     as_bytes,
     chunks,
     empty,
-    finite,
     load,
     refused,
+    valid,
 )
 
 __all__ = ["NoneCodec"]
@@ -27,6 +27,10 @@ class NoneCodec(Codec):
 
     name, number, limit = "none", 0, math.inf
 
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Any."""
+        return True
+
     def encode(self, flat: Tensor) -> Iterator[Bytes]:
         """The tensor's own bytes."""
         yield from (as_bytes(part) for part in chunks(flat))
@@ -35,6 +39,4 @@ class NoneCodec(Codec):
         """A copy of the bytes."""
         if len(data) != (size := count * dtype.itemsize):
             raise refused(f"{size} bytes of values", f"{len(data)}")
-        if dtype == torch.bool and count and data.max() > 1:
-            raise refused("0 or 1 as a bool", "another byte")
-        return finite(load(data, empty(count, dtype)))
+        return valid(load(data, empty(count, dtype)))

@@ -4,9 +4,11 @@ import torch
 from hypothesis import strategies as st
 
 from fedtune.transport.codecs import CODECS
+from fedtune.transport.codecs.zstd import ZstdCodec
 
-NAMES = list(CODECS)
-LOSSY_BLOCKS = {"int8": 128, "nf4": 64, "fp4": 64}
+EVERY = {**CODECS, "zstd": ZstdCodec()}
+NAMES = list(EVERY)
+LOSSY_BLOCKS = {"int8": 256, "nf4": 64, "fp4": 64}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Exponents of two at which every codec works, products and sums of the checks included.
 RANGES = {torch.float16: (-4, 14)}
@@ -25,8 +27,8 @@ def spread(draw, dtypes=FLOATS):
     exponents = torch.tensor(few)[torch.randint(len(few), (runs,), generator=generator)]
     keep = torch.rand(runs, generator=generator) > 0.1
     scale = keep * torch.exp2(exponents.double())
-    # Within [-2, 2], so that 2^14 times it is a number of fp16.
-    values = torch.randn(runs, 64, generator=generator).double().clamp(-2, 2)
+    # Within [-3.9, 3.9], so that 2^14 times it is a number of fp16.
+    values = torch.randn(runs, 64, generator=generator).double().clamp(-3.9, 3.9)
     return (values * scale.unsqueeze(1)).view(-1)[:count].to(dtype)
 
 

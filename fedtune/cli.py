@@ -93,6 +93,7 @@ def _plot(args: argparse.Namespace) -> int:
     from fedtune.report.html import write_report
     from fedtune.report.plots import draw_compare, draw_loss
     from fedtune.report.series import load_summary
+    from fedtune.report.table import traffic_table
 
     summaries = [load_summary(directory) for directory in args.directories]
     for directory, summary in zip(args.directories, summaries, strict=True):
@@ -101,6 +102,8 @@ def _plot(args: argparse.Namespace) -> int:
     if len(summaries) > 1:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         print(draw_compare(summaries, args.output))
+        if table := traffic_table(summaries):
+            print(table)
     return 0
 
 

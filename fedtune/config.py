@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from fedtune.errors import ConfigError
+from fedtune.lists import split_ints, split_names, split_numbers
 
 __all__ = [
     "AdapterArguments",
@@ -18,6 +18,7 @@ __all__ = [
     "FederationArguments",
     "ModelArguments",
     "RunArguments",
+    "TransportArguments",
 ]
 
 ARMS = ("centralized", "centralized_large_batch", "local", "fixed_global", "parity")
@@ -178,6 +179,36 @@ class FederationArguments:
 
 
 @dataclass
+class TransportArguments:
+    """How parameters are written for the wire."""
+
+    codec: Literal["none", "bf16", "fp16", "int8", "nf4", "fp4"] = setting(
+        "none",
+        "Quantized transport. Bytes a value, of fp32's 4: bf16 and fp16 2, int8 1.02, nf4 and fp4 "
+        "0.52.",
+    )
+    codec_on: Literal["delta", "weights"] = setting(
+        "delta",
+        "delta: the difference to what the receiver has is coded; weights: the values themselves, "
+        "which is coarser by as much as they are larger, for comparison.",
+    )
+    codec_direction: Literal["both", "up", "down"] = setting(
+        "both", "up: only what clients send is coded; down: only what they receive."
+    )
+    error_feedback: bool | None = setting(
+        None,
+        "What the codec lost of a client's update goes with its next one. Default: with nf4 and "
+        "fp4, where the method lets it.",
+    )
+    codec_args: str | None = setting(
+        None,
+        "Which tensors are coded, such as include=*lora_A*,exclude=*norm*,min_size=256. Globs over "
+        "names may be repeated, without include all are candidates; min_size: fewest values of a "
+        "tensor (256). What has one dimension or holds integers always travels as it is.",
+    )
+
+
+@dataclass
 class RunArguments:
     """This run: repetitions, comparison, output."""
 
@@ -202,6 +233,7 @@ class Arguments:
     adapter: AdapterArguments
     data: DataArguments
     federation: FederationArguments
+    transport: TransportArguments
     run: RunArguments
     training: Any  # TrainingArguments or SFTConfig
     command: tuple[
@@ -225,47 +257,3 @@ class Arguments:
 def sampled_clients(fraction_train: float, num_clients: int) -> int:
     """How many clients a round asks: the fraction rounded to the nearest, at least one."""
     return max(1, math.floor(fraction_train * num_clients + 0.5))
-
-
-def split_names(text: str | None) -> list[str]:
-    """`"a, b"` -> `["a", "b"]`; None and the empty string give an empty list."""
-    return [name for name in (part.strip() for part in (text or "").split(",")) if name]
-
-
-def split_ints(text: str, flag: str) -> list[int]:
-    """`"1,2"` -> `[1, 2]`; raises ConfigError that names the flag."""
-    try:
-        return [int(part) for part in str(text).split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{flag}: expected whole numbers joined by commas, received {text!r}. Example: 1,2,3"
-        ) from None
-
-
-def split_numbers(text: str, flag: str) -> list[float]:
-    """`"1,2.5"` -> `[1.0, 2.5]`; raises ConfigError that names the flag."""
-    try:
-        return [float(part) for part in str(text).split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{flag}: expected numbers joined by commas, received {text!r}. Example: 1,1,2.5"
-        ) from None
-
-
-def strategy_settings(text: str | None) -> dict[str, float]:
-    """`--strategy_args` as numbers; "mu=0.1,tau=5" -> {"mu": 0.1, "tau": 5.0}."""
-    settings: dict[str, float] = {}
-    for pair in split_names(text):
-        name, _, value = (part.strip() for part in pair.partition("="))
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not name or not math.isfinite(number):
-            raise ConfigError(
-                f"--strategy_args: expected name=number,..., received {pair!r}. Example: mu=0.1"
-            )
-        if name in settings:
-            raise ConfigError(f"--strategy_args: {name} is given twice. Keep one of them.")
-        settings[name] = number
-    return settings

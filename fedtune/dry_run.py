@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fedtune.adapters import Manifest
 from fedtune.client.worker import Worker
 from fedtune.config import Arguments, sampled_clients
 from fedtune.data import format_table
 from fedtune.prepare import Prepared, steps_per_client
 from fedtune.strategies import strategy_of
+from fedtune.transport.settings import CodecSettings
 
 __all__ = ["describe_run"]
+
+# Bytes a value with its share of scales; headers, some 20 bytes a tensor, are left out.
+BYTES = {"bf16": 2.0, "fp16": 2.0, "int8": 1.016, "nf4": 0.516, "fp4": 0.516}
 
 
 def describe_run(args: Arguments, prepared: Prepared) -> str:
@@ -20,27 +29,71 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
     sent = {name: worker.manifest_of(name).bytes for name in worker.train}
     once = sum(value.numel() * value.element_size() for value in static.values())
     values = sum(value.numel() for value in params.values())
-    round_mb = 2 * sampled * sum(sent.values()) / len(sent) / 1e6
+    properties = strategy_of(federation).properties
+    codec = CodecSettings.of(args.transport, refactors=properties.refactors)
+    manifests = [worker.manifest_of(name) for name in worker.train]
+    traffic = _traffic(codec, manifests, sampled, properties.refactors)
+    about = "" if codec.codec == "none" else "about "
+    of_raw = f" ({100 * traffic.round / traffic.raw:.0f} % of raw)" if about else ""
     fewest, most = min(steps), max(steps)
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     sizes = sorted({f"{size / 1e6:.3f}" for size in sent.values()}, key=float)
-    terms = strategy_of(federation).properties.changes_base
     lines = {
         "held out": f"{len(worker.evaluation):,} rows",
         **({"ranks": _ranks(worker, sent)} if args.adapter.ranks else {}),
         "travels": f"{len(params)} tensors, {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MB"
         + (f"; once {once / 1e6:.3f} MB" if once else "")
-        + ("; down also what the method has added to the base" if terms else ""),
+        + ("; down also what the method has added to the base" if properties.changes_base else ""),
+        **({"codec": _codec(codec, worker.manifest)} if about else {}),
         "per round": f"{sampled} of {len(steps)} clients, {each} steps each, "
-        f"{round_mb:.3f} MB in both directions",
+        f"{about}{traffic.round:.3f} MB in both directions{of_raw}",
         "whole run": f"{federation.num_rounds} rounds, {len(args.seeds)} seed(s), "
         f"{federation.num_rounds * sum(steps) * sampled // len(steps):,} steps and "
-        f"{federation.num_rounds * round_mb:.2f} MB a seed",
+        f"{about}{federation.num_rounds * traffic.round:.2f} MB a seed",
         "memory": f"base model {prepared.model_bytes / 1e6:.1f} MB a process, one client's Adam "
         f"{8 * values / 1e6:.2f} MB, server sum {16 * values / 1e6:.2f} MB; activations extra",
     }
     table = [format_table(prepared.clients)]
     return "\n".join(table + [f"{name:<10} {text}" for name, text in lines.items()])
+
+
+class Traffic(NamedTuple):
+    """Estimates in MB of a round, of all clients and both directions."""
+
+    round: float
+    raw: float  # the same without a codec
+
+
+def _traffic(
+    codec: CodecSettings, manifests: Sequence[Manifest], sampled: int, refactors: bool
+) -> Traffic:
+    def mean_mb(kind: str) -> float:
+        return sum(_coded(manifest, codec, kind) for manifest in manifests) / len(manifests) / 1e6
+
+    # New factors are no small difference to the old ones: 16 bits travel.
+    whole = refactors and codec.on == "delta" and codec.down != "none"
+    down = "bf16" if whole else codec.down
+    return Traffic(sampled * (mean_mb(codec.up) + mean_mb(down)), 2 * sampled * mean_mb("none"))
+
+
+def _coded(manifest: Manifest, codec: CodecSettings, kind: str) -> float:
+    """About how many bytes the tensors of an adapter are under the codec `kind`."""
+    rate = BYTES.get(kind, math.inf)
+    return sum(
+        min(entry.bytes, rate * math.prod(entry.shape))
+        if codec.takes(name, entry.shape)
+        else entry.bytes
+        for name, entry in manifest.entries.items()
+    )
+
+
+def _codec(codec: CodecSettings, manifest: Manifest) -> str:
+    taken = sum(codec.takes(name, entry.shape) for name, entry in manifest.entries.items())
+    ways = "up and down" if codec.direction == "both" else codec.direction
+    return (
+        f"{codec.codec} on {codec.on}, {ways}, {taken} of {len(manifest.entries)} tensors; error "
+        f"feedback {'on' if codec.feedback else 'off'}"
+    )
 
 
 def _ranks(worker: Worker, sent: dict[str, int]) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.compare.summary import settings_of
-from fedtune.config import Arguments, split_names
+from fedtune.config import Arguments, TransportArguments
 from fedtune.engines.delayed import DelayedGrid
 from fedtune.engines.inline import run_inline
 from fedtune.errors import RoundError
+from fedtune.lists import split_names
 from fedtune.report.progress import Progress
 from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, server_app
@@ -67,7 +68,7 @@ def _in_this_process(
         Progress(federation.num_rounds, "rounds") as progress,
     ):
         on_round = _hook(store, progress, trackers)
-        run = _server_run(args, worker, strategy_of(federation), on_round)
+        run = _server_run(args, worker, strategy_of(federation), on_round, args.transport)
         run.start = store.load() if args.run.resume else None
         if run.start is not None:
             progress.advance(run.start.round)
@@ -83,6 +84,7 @@ def _in_processes(args: Arguments, worker: Worker, directory: Path, store: RunSt
         run=secrets.token_hex(6),
         directory=str(directory.absolute()),
         federation=args.federation,
+        transport=args.transport,
         seed=args.training.seed,
         min_clients=len(worker.train),
         join_timeout_s=args.federation.round_timeout_s,
@@ -101,7 +103,7 @@ def _in_processes(args: Arguments, worker: Worker, directory: Path, store: RunSt
 def federate_control(
     args: Arguments, worker: Worker, method: str, start: ServerState, label: str
 ) -> ServerState:
-    """A federation in this process from `start` that leaves nothing but its last state."""
+    """A federation in this process from `start`, without a codec; only its last state is left."""
     control = (
         FixedGlobal() if method == "fixed_global" else build_method(method, weight_by="tokens")
     )
@@ -118,7 +120,13 @@ def federate_control(
     return _result(run)
 
 
-def _server_run(args: Arguments, worker: Worker, method: Method, on_round: RoundHook) -> ServerRun:
+def _server_run(
+    args: Arguments,
+    worker: Worker,
+    method: Method,
+    on_round: RoundHook,
+    transport: TransportArguments | None = None,
+) -> ServerRun:
     seed = args.training.seed
     return ServerRun.of(
         args.federation,
@@ -127,6 +135,7 @@ def _server_run(args: Arguments, worker: Worker, method: Method, on_round: Round
         on_round=on_round,
         min_clients=len(worker.train),
         init_adapter=args.adapter.init_adapter,
+        transport=transport,
     )
 
 

@@ -100,7 +100,7 @@ DECISIVE = [
 
 def run_settings(args: Arguments) -> dict[str, Any]:
     """Settings by flag name that a run and its continuation must share, as JSON values."""
-    groups = (args.model, args.adapter, args.data, args.federation)
+    groups = (args.model, args.adapter, args.data, args.federation, args.transport)
     settings = {name: value for group in groups for name, value in vars(group).items()}
     settings |= {name: getattr(args.training, name, None) for name in DECISIVE}
     settings = {name: value for name, value in settings.items() if name not in FREE}

@@ -107,6 +107,7 @@ def _write(
     """Summary, picture and report of one seed or of all."""
     summary = build_summary(
         args.federation,
+        args.transport,
         results,
         seeds=args.seeds,
         clients=prepared.clients,

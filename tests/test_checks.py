@@ -5,8 +5,8 @@ from trl import SFTConfig
 
 from fedtune import checks
 from fedtune.checks import check_arguments
-from fedtune.config import strategy_settings
 from fedtune.errors import ConfigError
+from fedtune.lists import strategy_settings
 from fedtune.settings import parse_arguments
 from fedtune.strategies import METHODS, FedAvg
 from fedtune.strategies.base import Properties
@@ -47,6 +47,11 @@ def message(text):
         "--strategy fedprox+hetlora --client_ranks 4,8,16",
         "--strategy fedavg --client_ranks 4,4,4",
         "--peft_method dora --client_ranks 4,4,4",
+        "--codec nf4 --codec_on weights --codec_direction down",
+        "--codec int8 --error_feedback --codec_direction up",
+        "--codec fp4 --strategy flora",
+        "--codec none --error_feedback false",
+        "--codec bf16 --peft_method none --codec_args exclude=*norm*",
     ],
 )
 def test_what_goes_together(text):
@@ -154,6 +159,15 @@ def test_ranges(flag, values):
         ("--strategy flora --peft_method dora --client_ranks 4,8,8", "expected --peft_method lora"),
         ("--peft_method p_tuning --client_ranks 4,4,4", "--client_ranks needs --peft_method lora"),
         ("--peft_method none --client_ranks 4,4,4", "--client_ranks needs --peft_method lora"),
+        ("--codec_on weights", "--codec_on has no effect with --codec none"),
+        ("--codec_direction up", "--codec_direction has no effect with --codec none"),
+        ("--error_feedback", "--error_feedback has no effect with --codec none"),
+        ("--codec_args min_size=9", "--codec_args has no effect with --codec none"),
+        ("--codec_args min_sise=9", "Did you mean min_size?"),
+        ("--codec nf4 --codec_args include=", "expected include=GLOB"),
+        ("--codec nf4 --codec_on weights --error_feedback", "Use --codec_on delta"),
+        ("--codec nf4 --codec_direction down --error_feedback", "Use both or up"),
+        ("--codec nf4 --strategy fedprox+flora --error_feedback", "--strategy fedprox+flora: its"),
     ],
 )
 def test_what_does_not(text, expected):
@@ -178,15 +192,27 @@ def test_sharded_training_is_refused():
     [("--engine ray", "ray", "ray"), ("--track wandb,tensorboard", "tensorboard", "tracking")],
 )
 def test_missing_packages(monkeypatch, text, package, extra):
-    monkeypatch.setattr(checks, "_installed", lambda name: name != package)
+    monkeypatch.setattr(checks.run, "_installed", lambda name: name != package)
     assert f"pip install 'fedtune[{extra}]'" in message(text)
-    monkeypatch.setattr(checks, "_installed", lambda name: True)
+    monkeypatch.setattr(checks.run, "_installed", lambda name: True)
     check(text)
 
 
 def test_resume_needs_a_durable_engine(monkeypatch):
-    monkeypatch.setattr(checks, "_installed", lambda name: True)
+    monkeypatch.setattr(checks.run, "_installed", lambda name: True)
     assert "--engine inline" in message("--engine ray --resume")
+
+
+def test_the_method_is_built_once(monkeypatch):
+    built = []
+
+    def strategy_of(federation):
+        built.append(federation.strategy)
+        return FedAvg()
+
+    monkeypatch.setattr(checks.method, "strategy_of", strategy_of)
+    check("--codec nf4 --client_ranks 4,4,4")
+    assert built == ["fedavg"]
 
 
 def test_methods_of_one_axis_do_not_combine(monkeypatch):

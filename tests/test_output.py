@@ -138,6 +138,8 @@ def test_run_settings_are_json_and_stable():
         "--partition size",
         "--num_rounds 4",
         "--strategy x",
+        "--codec int8",
+        "--codec_args min_size=9",
         "--seeds 1",
         "--data_seed 1",
         "--learning_rate 1",

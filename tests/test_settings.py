@@ -277,8 +277,8 @@ def test_help_is_grouped_and_hides_owned_settings(capsys, training_class):
         parse("--help", "--no_such_flag", training_class=training_class)
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    titles = ("Base model", "Adapter", "Data", "Federation", "Run", "HuggingFace Trainer")
-    places = [text.index(f"\n{title}:\n") for title in titles]
+    titles = ("Base model", "Adapter", "Data", "Federation", "Transport", "Run")
+    places = [text.index(f"\n{title}:\n") for title in (*titles, "HuggingFace Trainer")]
     assert places == sorted(places)
     assert "--max_steps" not in text
     assert "--learning_rate" in text

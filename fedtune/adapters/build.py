@@ -32,8 +32,9 @@ from transformers import (
 
 from fedtune.adapters.live import ADALORA
 from fedtune.adapters.quant import keep_trainable, quantization_config
-from fedtune.config import AdapterArguments, ModelArguments, split_names
+from fedtune.config import AdapterArguments, ModelArguments
 from fedtune.errors import ConfigError
+from fedtune.lists import split_names
 
 __all__ = ["Task", "attach_adapter", "build_peft_config", "load_base", "seeded"]
 

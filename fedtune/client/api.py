@@ -20,6 +20,7 @@ from torch import Tensor
 from fedtune.adapters import FULL, Entry, Manifest, check
 from fedtune.adapters.manifest import digest
 from fedtune.client import replies
+from fedtune.client.codec_link import CodecLink
 from fedtune.client.session import Request, Session
 from fedtune.errors import ConfigError, FedtuneError, ManifestError, RoundError
 from fedtune.relay.folder import ENVIRONMENT, RunFolder, SitePlan
@@ -75,7 +76,8 @@ def init(params: Mapping[str, Tensor] | None = None) -> None:
             f"{ENVIRONMENT}: expected the folder of a run, received {folder.path}, which has no "
             "plan. Start the script with fedtune join."
         )
-    _client = _Client(Session(folder), plan, params)
+    link = CodecLink(folder.path / "transport", lambda: _copies(params or {}))
+    _client = _Client(Session(folder, link), plan, params)
 
 
 def is_running() -> bool:
@@ -124,6 +126,11 @@ def send(
         ManifestError: the parameters are not those of the run; send them again.
     """
     _initialized("send").send(dict(params), num_examples, dict(metrics or {}))
+
+
+def _copies(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What may be on a GPU, or share memory."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in params.items()}
 
 
 class _Client:

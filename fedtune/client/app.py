@@ -8,19 +8,38 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.client import replies
+from fedtune.client.codec_link import CodecLink
 from fedtune.client.replies import Sent
 from fedtune.client.worker import Worker
+from fedtune.transport.coded_records import resend
 from fedtune.transport.messages import EvaluateTask, RoundTask, arrays_of
 
 __all__ = ["client_app"]
 
+TRANSPORT = "transport"  # in a client's directory: what coded transport keeps
+ClientAppCallable = Callable[[Message, Context], Message]
+
 
 def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
     """A Flower ClientApp; `get_worker` returns this process's worker."""
-    app = ClientApp()
 
     def name_of(context: Context) -> str:
         return get_worker().names[int(context.node_config["partition-id"])]
+
+    def coded(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Decode what comes and encode the reply, where the server does."""
+        worker, name = get_worker(), name_of(context)
+        link = CodecLink(worker.work_dir / name / TRANSPORT, lambda: worker.own(name))
+        opened = link.open(message.content)
+        if opened is None:
+            return Message(resend(), reply_to=message)
+        message.content = opened.content
+        reply = call_next(message, context)
+        if reply.has_content():
+            reply.content = opened.seal(reply.content)
+        return reply
+
+    app = ClientApp(mods=[coded])
 
     @app.query("plan")
     def plan(message: Message, context: Context) -> Message:

@@ -9,10 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from fedtune.adapters import collect
+from fedtune.adapters.sharded import is_sharded
 from fedtune.client.callback import FedTuneCallback
+from fedtune.client.codec_link import CodecLink
 from fedtune.client.local import model_of, steps_of
 from fedtune.client.options import Options
 from fedtune.client.participant import Participant
@@ -143,7 +147,7 @@ def _join(trainer: Trainer, callback: FedTuneCallback) -> None:
         if ranks.first:
             log.warning("fedtune: not started by fedtune join, so this trainer trains alone.")
         return
-    session = ranks.together(lambda: None if folder is None else Session(folder))
+    session = ranks.together(lambda: _session(trainer, folder, plan))
     try:
         steps = ranks.together(lambda: _prepare(trainer, plan, callback.options))
     except FedtuneError as error:
@@ -157,6 +161,20 @@ def _join(trainer: Trainer, callback: FedTuneCallback) -> None:
     callback.joined = True
     if ranks.first:
         log.info("%s: %d rounds of %d steps", plan.client, plan.num_rounds, steps)
+
+
+def _session(trainer: Trainer, folder: RunFolder | None, plan: SitePlan) -> Session | None:
+    """A script that is started again for the same run goes on with what is in its output_dir."""
+    if folder is None:
+        return None
+    directory = Path(str(trainer.args.output_dir)) / f"fedtune_transport-{plan.run}-{plan.client}"
+    return Session(folder, CodecLink(directory, lambda: _whole_parameters(trainer)))
+
+
+def _whole_parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """None where all processes would have to collect them."""
+    model = model_of(trainer)
+    return {} if is_sharded(model) else collect(model)
 
 
 def _plan_of(folder: RunFolder | None) -> SitePlan | None:

@@ -21,11 +21,13 @@ from multiprocessing.connection import Connection
 
 from flwr.app import ConfigRecord, RecordDict
 
+from fedtune.client.codec_link import CodecLink, Seal
 from fedtune.client.door import Door
-from fedtune.errors import FrameError, RoundError
+from fedtune.errors import FedtuneError, FrameError, RoundError
 from fedtune.files import write_bytes
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.frames import MAX_FRAME_BYTES, Frame, decode, encode, request_key
+from fedtune.transport.coded_records import resend
 
 __all__ = ["PING", "Request", "Session"]
 
@@ -45,6 +47,7 @@ class Request:
     ) -> None:
         self.kind, self.content, self.key = frame.kind, frame.content, key
         self._settle = settle
+        self._seal: Seal = lambda reply: reply
         self._done = threading.Event()
         self._answer = b""
         self.taken = False
@@ -54,13 +57,35 @@ class Request:
         """Whether there is an answer."""
         return self._done.is_set()
 
+    def open(self, link: CodecLink) -> bool:
+        """Decode the content; whether it can be worked on: it is answered when not."""
+        try:
+            opened = link.open(self.content)
+        except FedtuneError as error:
+            self._refuse(error)
+            return False
+        if opened is None:
+            self._finish(encode(self.kind, resend()), keep=False)
+            return False
+        self.content, self._seal = opened
+        return True
+
     def reply(self, content: RecordDict) -> None:
         """Answer; the same request gets the same answer from now on, in later processes too."""
-        self._finish(encode(self.kind, content), keep=True)
+        try:
+            sealed = self._seal(content)
+        except FedtuneError as error:
+            self._refuse(error)
+            return
+        self._finish(encode(self.kind, sealed), keep=True)
 
     def fail(self, reason: str) -> None:
         """Refuse; the same request may be tried again."""
         self._finish(encode(self.kind, error=" ".join(reason.split())), keep=False)
+
+    def _refuse(self, error: FedtuneError) -> None:
+        log.error("%s: %s", self.kind, error)
+        self.fail(str(error))
 
     def wait(self) -> bytes:
         """The encoded answer, once there is one."""
@@ -79,14 +104,15 @@ class Session:
 
     Args:
         folder: as `fedtune join` made it.
+        link: decodes requests and encodes replies.
 
     Raises:
         ConfigError: another process or Trainer owns the folder, or its path is too long.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, link: CodecLink) -> None:
         self._door = Door(folder, self._converse)
-        self.folder = folder
+        self.folder, self._link = folder, link
         self._queue: queue.Queue[Request] = queue.Queue()
         self._requests: dict[str, Request] = {}
         self._changed = threading.Condition()
@@ -122,7 +148,7 @@ class Session:
                 continue
             with self._changed:
                 request.taken = not request.answered
-            if request.taken:
+            if request.taken and request.open(self._link):
                 return request
 
     def say(self, state: str, **more: str | int | float) -> None:

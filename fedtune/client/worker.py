@@ -193,6 +193,11 @@ class Worker:
         entries = self.manifest_of(client).entries
         return self._widened(cut(params, {name: entry.shape for name, entry in entries.items()}))
 
+    def own(self, client: str) -> dict[str, Tensor]:
+        """The live parameters, at the rank of a client."""
+        shapes = {name: entry.shape for name, entry in self.manifest_of(client).entries.items()}
+        return cut(collect(self.model), shapes)
+
     def personal(self, client: str, server_round: int) -> dict[str, Tensor]:
         """The parameters that stay with a client, as after one of its rounds."""
         return dict(ClientMemory(self.work_dir / client / MEMORY).read(server_round).personal)

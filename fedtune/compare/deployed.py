@@ -25,11 +25,16 @@ def write_summary(directory: Path, submission: Submission) -> None:
     federated = {**of_history(state.history), "time": [row["time"] for row in state.history]}
     summary = build_summary(
         submission.federation,
+        submission.transport,
         [{"federated": federated}],
         seeds=[submission.seed],
         clients=[],
         model_bytes=0,
-        config={"federation": asdict(submission.federation), "run": {"run": submission.run}},
+        config={
+            "federation": asdict(submission.federation),
+            "transport": asdict(submission.transport),
+            "run": {"run": submission.run},
+        },
     )
     write_json(directory / "summary.json", summary)
     draw_loss(load_summary(directory), directory / "loss.png")

@@ -10,7 +10,9 @@ from typing import Any
 
 from fedtune.compare.series import mean_series
 from fedtune.compare.verdict import verdict
-from fedtune.config import Arguments, FederationArguments, sampled_clients
+from fedtune.config import Arguments, FederationArguments, TransportArguments, sampled_clients
+from fedtune.strategies import strategy_of
+from fedtune.transport.settings import CodecSettings
 
 __all__ = ["SeedResult", "build_summary"]
 
@@ -22,6 +24,7 @@ SeedResult = Mapping[str, Mapping[str, Any]]
 
 def build_summary(
     federation: FederationArguments,
+    transport: TransportArguments,
     results: Sequence[SeedResult],
     *,
     seeds: Sequence[int],
@@ -54,7 +57,7 @@ def build_summary(
     return {
         "strategy": federation.strategy,
         "engine": federation.engine,
-        "codec": "none",
+        **_codec(federation, transport),
         "seeds": list(seeds),
         "arms": arms,
         "verdict": verdict(
@@ -76,6 +79,7 @@ def settings_of(args: Arguments) -> dict[str, Any]:
         "adapter": args.adapter,
         "data": args.data,
         "federation": args.federation,
+        "transport": args.transport,
         "run": args.run,
     }
     training = {
@@ -84,6 +88,15 @@ def settings_of(args: Arguments) -> dict[str, Any]:
         if isinstance(value, str | int | float | bool | None)
     }
     return {**{name: asdict(group) for name, group in groups.items()}, "training": training}
+
+
+def _codec(federation: FederationArguments, transport: TransportArguments) -> dict[str, Any]:
+    """The codec of the federated arm, the only one that has one; feedback as it was in effect."""
+    if transport.codec == "none":
+        return {"codec": "none"}
+    refactors = strategy_of(federation).properties.refactors
+    feedback = CodecSettings.of(transport, refactors=refactors).feedback
+    return {**asdict(transport), "error_feedback": feedback}
 
 
 def _plain_series(arm: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedtune.config import (
     AdapterArguments,
@@ -19,7 +19,7 @@ from fedtune.config import (
     FederationArguments,
     ModelArguments,
     RunArguments,
-    split_names,
+    TransportArguments,
 )
 from fedtune.deploy.address import Address
 from fedtune.deploy.bundle import APP
@@ -29,6 +29,7 @@ from fedtune.deploy.register import remember_run
 from fedtune.deploy.runs import list_runs
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_json
+from fedtune.lists import split_names
 from fedtune.output import check_output_dir, prepare_output_dir
 from fedtune.server.submission import SUBMISSION, Submission
 
@@ -51,16 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--join_timeout_s", type=float, default=600.0, help="how long to wait for them (600)"
     )
-    for field in dataclasses.fields(FederationArguments):
-        if field.name not in NOT_HERE:
-            shown = "" if field.default is None else f" ({field.default})"
-            parser.add_argument(
-                f"--{field.name}",
-                type=_type_of(field),
-                default=field.default,
-                metavar=field.name.rpartition("_")[2].upper(),
-                help=f"{field.metadata['help']}{shown}",
-            )
+    for group in (FederationArguments, TransportArguments):
+        hints = get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if field.name not in NOT_HERE:
+                shown = "" if field.default is None else f" ({field.default})"
+                parser.add_argument(
+                    f"--{field.name}",
+                    default=field.default,
+                    help=f"{field.metadata['help']}{shown}",
+                    **_value_of(field.name, hints[field.name]),
+                )
     parser.add_argument("--seed", type=int, default=42, help="of sampling and of the sites (42)")
     parser.add_argument(
         "--init_adapter", metavar="DIR", help="first global adapter; default: one site's"
@@ -74,13 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`fedtune submit`: status 0 when the run is done, 1 when it failed."""
-    federation = _checked(args)
+    federation, transport = _checked(args)
     address = Address.parse(args.superlink)
     output: dict[str, Any] = {
         "directory": args.output_dir,
         "resume": args.resume,
         "overwrite": args.overwrite,
-        "settings": _settings(args, federation),
+        "settings": _settings(args, federation, transport),
     }
     check_output_dir(**output)
     with Connection(address, tls=args.tls) as link:
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             min_clients=args.min_clients,
             join_timeout_s=args.join_timeout_s,
             init_adapter=args.init_adapter and str(Path(args.init_adapter).absolute()),
+            transport=transport,
             track=tuple(split_names(args.track)),
             resume=args.resume,
         )
@@ -142,8 +145,8 @@ def run_problem(link: Connection, run_id: str) -> str | None:
     return None if status.split(":")[0] in ("pending", "starting", "running") else status
 
 
-def _checked(args: argparse.Namespace) -> FederationArguments:
-    """The federation's settings; raises ConfigError for the first that cannot work."""
+def _checked(args: argparse.Namespace) -> tuple[FederationArguments, TransportArguments]:
+    """What the flags ask for; raises ConfigError for the first setting that cannot work."""
     from fedtune.checks import check_federation
 
     if args.min_clients < 1:
@@ -151,20 +154,27 @@ def _checked(args: argparse.Namespace) -> FederationArguments:
     if not 0 < args.join_timeout_s < math.inf:
         raise ConfigError(f"--join_timeout_s: expected seconds > 0, received {args.join_timeout_s}")
     _check_adapter(args.init_adapter)
-    names = {field.name for field in dataclasses.fields(FederationArguments)} - set(NOT_HERE)
-    given = {name: getattr(args, name) for name in names}
-    federation = FederationArguments(num_clients=args.min_clients, **given)
+    federation = FederationArguments(
+        num_clients=args.min_clients, **_given(args, FederationArguments)
+    )
+    transport = TransportArguments(**_given(args, TransportArguments))
     check_federation(
         Arguments(
             ModelArguments(),
             AdapterArguments(init_adapter=args.init_adapter),
             DataArguments(),
             federation,
+            transport,
             RunArguments(resume=args.resume, overwrite=args.overwrite, track=args.track),
             SimpleNamespace(seed=args.seed, output_dir=str(args.output_dir)),
         )
     )
-    return federation
+    return federation, transport
+
+
+def _given(args: argparse.Namespace, group: type[Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(group)} - set(NOT_HERE)
+    return {name: getattr(args, name) for name in names}
 
 
 def _check_idle(link: Connection, directory: Path) -> None:
@@ -187,11 +197,13 @@ def _check_adapter(directory: str | None) -> None:
         )
 
 
-def _settings(args: argparse.Namespace, federation: FederationArguments) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, federation: FederationArguments, transport: TransportArguments
+) -> dict[str, Any]:
     """What a resumed run must share with the run it continues."""
     free = ("max_failed_rounds", "min_replies", "round_timeout_s", "save_every_rounds", *NOT_HERE)
     shared = {k: v for k, v in vars(federation).items() if k not in free}
-    return {**shared, "seed": args.seed}
+    return {**shared, **vars(transport), "seed": args.seed}
 
 
 def _run_id(directory: Path, resume: bool) -> str:
@@ -201,9 +213,21 @@ def _run_id(directory: Path, resume: bool) -> str:
     return secrets.token_hex(6)
 
 
-def _type_of(field: dataclasses.Field[Any]) -> Any:
-    """Type of a flag, from `int | None` and the like."""
-    return {"int": int, "float": float}.get(str(field.type).split(" |")[0], str)
+def _value_of(name: str, hint: Any) -> dict[str, Any]:
+    """How a flag takes its value: `int | None` and the like, one of a Literal, `[true|false]`."""
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    kind = next(iter(get_args(hint)), hint)
+    if kind is bool:
+        return {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {"type": kind, "metavar": name.rpartition("_")[2].upper()}
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "false": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, received {text!r}")
+    return words[text.lower()]
 
 
 def _report(directory: Path, submission: Submission) -> None:

@@ -5,7 +5,7 @@ from fedtune.report.plots import draw_compare, draw_loss
 from fedtune.report.progress import Progress
 from fedtune.report.records import Arm, RoundRow, Series, Spread, Summary, Verdict
 from fedtune.report.series import load_rounds, load_summary
-from fedtune.report.table import comparison_table, verdict_lines
+from fedtune.report.table import comparison_table, traffic_table, verdict_lines
 from fedtune.report.trackers import RoundTracker, open_trackers
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_summary",
     "open_trackers",
     "render_report",
+    "traffic_table",
     "verdict_lines",
     "write_report",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "compare_curves",
     "gap_curves",
     "loss_curves",
+    "run_names",
     "traffic_curves",
 ]
 
@@ -143,20 +144,27 @@ def compare_curves(summaries: Sequence[Summary]) -> list[Curve]:
 
 
 def _compare_labels(summaries: Sequence[Summary]) -> list[str]:
-    """`directory (strategy, codec)`: only what differs, and the parent where two share a name."""
-    paths = [summary.directory.resolve() for summary in summaries]
+    """`directory (strategy, codec)`: only what differs."""
     facts = [(summary.setting("strategy"), summary.setting("codec")) for summary in summaries]
     told = [len(set(column)) > 1 for column in zip(*facts, strict=True)]
     labels = []
-    for path, fact in zip(paths, facts, strict=True):
-        twin = sum(other.name == path.name for other in paths) > 1
-        name = f"{path.parent.name}/{path.name}" if twin else path.name
-        name = name if len(name) <= LONGEST else f"{name[:11]}...{name[14 - LONGEST :]}"
+    for name, fact in zip(run_names(summaries), facts, strict=True):
         known = ", ".join(
             value for value, differs in zip(fact, told, strict=True) if differs and value
         )
         labels.append(f"{name} ({known})" if known else name)
     return labels
+
+
+def run_names(summaries: Sequence[Summary]) -> list[str]:
+    """Directories, with their parents where two share a name; long ones lose their middle."""
+    paths = [summary.directory.resolve() for summary in summaries]
+    names = []
+    for path in paths:
+        twin = sum(other.name == path.name for other in paths) > 1
+        name = f"{path.parent.name}/{path.name}" if twin else path.name
+        names.append(name if len(name) <= LONGEST else f"{name[:11]}...{name[14 - LONGEST :]}")
+    return names
 
 
 def _samples(series: Series) -> Values:

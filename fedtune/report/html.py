@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedtune.report import logbook, results, text
+from fedtune.report import logbook, results, text, transport
 from fedtune.report.curves import Curve, gap_curves, loss_curves, traffic_curves
 from fedtune.report.markup import unbroken
 from fedtune.report.records import Summary, last
@@ -44,6 +44,7 @@ def render_report(directory: str | Path) -> str:
             _small_figures(summary),
             results.verdict_section(summary),
             results.arms_section(summary),
+            transport.transport_section(summary, rounds, seed),
             logbook.rounds_section(summary, rounds, seed),
             logbook.refused_section(rounds),
             logbook.clients_section(summary),

@@ -16,6 +16,7 @@ __all__ = [
     "Series",
     "Spread",
     "Summary",
+    "Traffic",
     "Values",
     "Verdict",
     "final",
@@ -146,6 +147,30 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Bytes on the wire, and of the same records without a codec."""
+
+    up: float | None = None
+    down: float | None = None
+    up_raw: float | None = None
+    down_raw: float | None = None
+
+    @property
+    def sent(self) -> float | None:
+        """Both directions."""
+        return _sum(self.up, self.down)
+
+    @property
+    def raw(self) -> float | None:
+        """Both directions without a codec."""
+        return _sum(self.up_raw, self.down_raw)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None and other is None else (one or 0) + (other or 0)
+
+
+@dataclass(frozen=True)
 class RoundRow:
     """One line of `rounds.jsonl`."""
 
@@ -161,3 +186,4 @@ class RoundRow:
     time_split: Mapping[str, float] = field(default_factory=dict)
     bytes_up: float | None = None
     bytes_down: float | None = None
+    clients: Mapping[str, Traffic] = field(default_factory=dict)

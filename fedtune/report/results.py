@@ -6,7 +6,8 @@ from fedtune.report import text
 from fedtune.report.markup import cell, low_high, section, sub, table, unbroken
 from fedtune.report.records import Summary
 from fedtune.report.svg import esc
-from fedtune.report.verdict import ArmRow, arm_rows, checks, gaps, metric_names, spread_text
+from fedtune.report.transport import codec_of, moved, of_raw
+from fedtune.report.verdict import arm_rows, checks, gaps, metric_names, spread_text
 
 __all__ = ["arms_section", "cards", "verdict_section"]
 
@@ -32,7 +33,7 @@ def cards(summary: Summary) -> str:
         best = f"round {us.best_round}" if us.best_round else text.DASH
         items.append(_card("Best round", text.loss(us.best), best))
         items.append(_card("Time", f"{text.seconds(us.wall_s)} s", "of all rounds"))
-    items.append(_traffic_card(summary, us))
+    items.append(_traffic_card(summary))
     return f'<div class="cards">{"".join(items)}</div>'
 
 
@@ -43,13 +44,15 @@ def _card(label: str, big: str, note: str, tone: str = "") -> str:
     )
 
 
-def _traffic_card(summary: Summary, us: ArmRow) -> str:
-    moved = (us.bytes_up or 0) + (us.bytes_down or 0)
-    ratio = summary.verdict.bytes_ratio_full
-    note = "up and down, all clients"
+def _traffic_card(summary: Summary) -> str:
+    traffic, ratio = moved(summary), summary.verdict.bytes_ratio_full
+    notes = []
+    if codec_of(summary):
+        notes.append(f"{of_raw(traffic.sent, traffic.raw)} of raw")
     if ratio is not None:
-        note = f"{text.percent(100 * ratio)} of full-model exchange"
-    return _card("Traffic", f"{text.megabytes(moved)} MB" if moved else text.DASH, note)
+        notes.append(f"{text.percent(100 * ratio)} of full-model exchange")
+    size = f"{text.megabytes(traffic.sent)} MB" if traffic.sent else text.DASH
+    return _card("Traffic", size, ", ".join(notes) or "up and down, all clients")
 
 
 def verdict_section(summary: Summary) -> str:

@@ -3,7 +3,8 @@
 Every number that is missing, null, NaN or infinite becomes None, so that readers test one thing.
 A line of `rounds.jsonl`: {"round", "attempt", "eval_loss", "replies": [...], "refused": [{"node",
 "client", "reason"}], "failed_attempts": [{"refused": [...]}], "update_norm", "client_drift",
-"residual", "time": {"train", "wait", "codec", "aggregate", ...} in s, "bytes_up", "bytes_down"}.
+"residual", "time": {"train", "wait", "codec", "aggregate", ...} in s, "bytes_up", "bytes_down",
+"clients": {name: {"bytes_up", "bytes_down", "bytes_up_raw", "bytes_down_raw"}}}.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedtune.report.records import (
     Series,
     Spread,
     Summary,
+    Traffic,
     Verdict,
     last,
 )
@@ -190,7 +192,15 @@ def _round(raw: Mapping[str, Any]) -> RoundRow:
         time_split=_times(raw.get("time_split", raw.get("time"))),
         bytes_up=number(raw.get("bytes_up")),
         bytes_down=number(raw.get("bytes_down")),
+        clients={
+            name: _traffic(_mapping(item)) for name, item in _mapping(raw.get("clients")).items()
+        },
     )
+
+
+def _traffic(raw: Mapping[str, Any]) -> Traffic:
+    names = ("bytes_up", "bytes_down", "bytes_up_raw", "bytes_down_raw")
+    return Traffic(*(number(raw.get(name)) for name in names))
 
 
 def _count(value: object) -> int | None:

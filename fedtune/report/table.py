@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedtune.report import text
-from fedtune.report.records import Summary
+from fedtune.report.curves import run_names
+from fedtune.report.records import Summary, final
+from fedtune.report.transport import codec_of, moved, of_raw
 from fedtune.report.verdict import arm_rows, checks, gaps, headline, metric_names, spread_text
 
-__all__ = ["comparison_table", "verdict_lines"]
+__all__ = ["comparison_table", "traffic_table", "verdict_lines"]
 
+RUNS = ("run", "codec", "MB up", "MB down", "of raw", "final eval loss")
 COLUMNS = ("arm", "eval loss before", "final", "best (round)", "samples", "MB up", "down", "s")
 
 
@@ -31,6 +34,26 @@ def comparison_table(summary: Summary) -> str:
                 text.megabytes(row.bytes_down),
                 text.seconds(row.wall_s),
                 *(text.loss(row.metrics.get(name)) for name in metrics),
+            )
+        )
+    return _aligned(rows)
+
+
+def traffic_table(summaries: Sequence[Summary]) -> str:
+    """One line per run, raw MB and what was sent; empty where no run has a codec."""
+    if not any(map(codec_of, summaries)):
+        return ""
+    rows = [RUNS]
+    for summary, name in zip(summaries, run_names(summaries), strict=True):
+        traffic = moved(summary)
+        rows.append(
+            (
+                name,
+                codec_of(summary) or "none",
+                f"{text.megabytes(traffic.up_raw)} -> {text.megabytes(traffic.up)}",
+                f"{text.megabytes(traffic.down_raw)} -> {text.megabytes(traffic.down)}",
+                of_raw(traffic.sent, traffic.raw),
+                text.loss(final(summary.federated.mean.eval_loss)),
             )
         )
     return _aligned(rows)
@@ -60,6 +83,10 @@ def verdict_lines(summary: Summary) -> list[str]:
 def _cost(summary: Summary) -> list[str]:
     ratio, times = summary.verdict.bytes_ratio_full, summary.verdict.time_split
     lines = []
+    if codec := codec_of(summary):
+        traffic = moved(summary)
+        share = of_raw(traffic.sent, traffic.raw)
+        lines.append(f"codec {codec}: {text.megabytes(traffic.sent)} MB ({share} of raw)")
     if ratio is not None:
         lines.append(f"bytes: {text.percent(100 * ratio)} of exchanging the full model")
     if whole := sum(times.values()):

@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.adapters import Manifest, check, load_init_adapter
-from fedtune.config import FederationArguments
+from fedtune.config import FederationArguments, TransportArguments
 from fedtune.errors import FedtuneError, RoundError, RunStopped
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
@@ -20,9 +20,19 @@ from fedtune.strategies.agreement import check_variants
 from fedtune.strategies.registry import name_of
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import one_line
-from fedtune.transport.grid import EagerGrid, Traffic
-from fedtune.transport.messages import INITIAL, Member, PlanTask, arrays_of, pack
+from fedtune.transport.codec_grid import CodecGrid
+from fedtune.transport.grid import EagerGrid
+from fedtune.transport.messages import (
+    EVALUATE,
+    INITIAL,
+    TRAIN,
+    Member,
+    PlanTask,
+    arrays_of,
+    pack,
+)
 from fedtune.transport.records import config_of
+from fedtune.transport.settings import CodecSettings
 
 __all__ = ["JOIN_TIMEOUT_S", "ServerRun", "server_app"]
 
@@ -43,6 +53,7 @@ class ServerRun:
         join_timeout_s: how long to wait for them.
         deployed: whether clients are sites that come and go, and must be told of the end.
         on_clients: called with who takes part, and who does not and why, whenever that changes.
+        codec: how tensors travel.
         result: the last state, once the run is over.
     """
 
@@ -57,6 +68,7 @@ class ServerRun:
     join_timeout_s: float = JOIN_TIMEOUT_S
     deployed: bool = False
     on_clients: ClientsHook = lambda clients: None
+    codec: CodecSettings = CodecSettings()
     result: ServerState | None = field(default=None, init=False)
     error: FedtuneError | None = field(default=None, init=False)
 
@@ -70,8 +82,9 @@ class ServerRun:
         on_round: RoundHook,
         min_clients: int,
         init_adapter: str | None,
+        transport: TransportArguments | None = None,
     ) -> ServerRun:
-        """The run that the flags of a federation ask for."""
+        """The run that the flags of a federation and its transport ask for."""
         return cls(
             method,
             plan,
@@ -80,6 +93,9 @@ class ServerRun:
             fraction_train=federation.fraction_train,
             min_replies=federation.min_replies,
             init_adapter=Path(init_adapter) if init_adapter else None,
+            codec=CodecSettings.of(
+                transport or TransportArguments(), refactors=method.properties.refactors
+            ),
         )
 
 
@@ -90,15 +106,17 @@ def server_app(run: ServerRun) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            run.result = serve(EagerGrid(grid), run)
+            run.result = serve(grid, run)
         except FedtuneError as error:
             run.error = error
 
     return app
 
 
-def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
-    """Run `run` over the nodes of `grid`; returns the last state, raises FedtuneError."""
+def serve(connected: Grid, run: ServerRun) -> ServerState:
+    """Run `run` over the nodes of a grid; returns the last state, raises FedtuneError."""
+    coded = _coded(connected, run)
+    grid = EagerGrid(coded or connected, wire=coded.wire if coded else None)
     members = Membership(
         grid,
         _plan_task(run.plan),
@@ -109,10 +127,10 @@ def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
         on_change=run.on_clients,
     )
     if not run.deployed:
-        return _run_all(grid, run, members)
+        return _run_all(grid, coded, run, members)
     state, reason = run.start, "failed"
     try:
-        state = _run_all(grid, run, members)
+        state = _run_all(grid, coded, run, members)
         reason = "done"
     except RunStopped:
         reason = "stopped"
@@ -126,10 +144,21 @@ def serve(grid: EagerGrid, run: ServerRun) -> ServerState:
     return state
 
 
-def _run_all(grid: EagerGrid, run: ServerRun, members: Membership) -> ServerState:
+def _coded(grid: Grid, run: ServerRun) -> CodecGrid | None:
+    if run.codec.codec == "none":
+        return None
+    # Held-out rows in one place are the server's own: it scores what it has.
+    kinds = {TRAIN, EVALUATE} if run.plan.sites_evaluate else {TRAIN}
+    return CodecGrid(grid, run.codec, kinds=kinds, refactors=run.method.properties.refactors)
+
+
+def _run_all(
+    grid: EagerGrid, coded: CodecGrid | None, run: ServerRun, members: Membership
+) -> ServerState:
     first = members.gather()
     state = run.start or _first_state(grid, first, run)
-    grid.traffic = Traffic()
+    if coded is not None and not state.round:
+        coded.begin(state.params)
     members.admit(state)
     strategy = FedStrategy(
         run.method,

@@ -22,7 +22,6 @@ from fedtune.server.rounds import Plan, RoundHook
 from fedtune.server.store import RunStore
 from fedtune.server.submission import FEDERATION, STOP, Submission
 from fedtune.strategies import strategy_of
-from fedtune.transport.grid import EagerGrid
 from fedtune.transport.packed_grid import PackedGrid
 
 __all__ = ["app"]
@@ -41,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     submission = Submission.read(path)
     journal = Journal(submission, str(context.run_id))
     try:
-        _run(EagerGrid(PackedGrid(grid)), submission, journal)
+        _run(PackedGrid(grid), submission, journal)
     except RunStopped as stop:
         journal.write(state="stopped", error=str(stop))
         return
@@ -74,7 +73,7 @@ class Journal:
         write_json(self._path, {**self._facts, "time": time.time()})
 
 
-def _run(grid: EagerGrid, submission: Submission, journal: Journal) -> ServerState:
+def _run(grid: Grid, submission: Submission, journal: Journal) -> ServerState:
     directory, federation = Path(submission.directory), submission.federation
     store = RunStore(
         directory,
@@ -94,6 +93,7 @@ def _run(grid: EagerGrid, submission: Submission, journal: Journal) -> ServerSta
             on_round=_hook(store, trackers, journal, directory / STOP, federation.num_rounds),
             min_clients=submission.min_clients,
             init_adapter=submission.init_adapter,
+            transport=submission.transport,
         )
         run.start = store.load() if submission.resume else None
         run.join_timeout_s = submission.join_timeout_s

@@ -20,9 +20,10 @@ from fedtune.strategies.lora.cumulative import Cumulative
 from fedtune.strategies.outcome import Outcome
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import finite_or_none
-from fedtune.transport.grid import EagerGrid, Traffic
+from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import params_of, to_arrays
+from fedtune.transport.traffic import Traffic
 
 __all__ = ["Plan", "RoundHook", "run_rounds"]
 
@@ -90,10 +91,11 @@ def run_rounds(
         state.manifest, state.method_state, state.base, state.control_clients
     )
     strategy.client_rounds, strategy.node_of = state.client_rounds, grid.node_of
+    before = grid.traffic
     strategy.members = members.ready()
     arrays = to_arrays(state.params)
     if not state.history:
-        first = _first_record(grid, strategy, arrays, plan)
+        first = _first_record(grid, strategy, arrays, plan, before)
         state.history.append(first)
         on_round(state, first)
     for number in range(state.round + 1, plan.num_rounds + 1):
@@ -113,17 +115,17 @@ def run_rounds(
 
 
 def _first_record(
-    grid: EagerGrid, strategy: FedStrategy, arrays: ArrayRecord, plan: Plan
+    grid: EagerGrid, strategy: FedStrategy, arrays: ArrayRecord, plan: Plan, before: Traffic
 ) -> dict[str, Any]:
-    traffic, started = grid.traffic, time.perf_counter()
-    metrics, evaluate_s = _evaluate(grid, strategy, plan, 0, arrays)
+    started = time.perf_counter()
+    metrics, evaluate_s, uncounted = _evaluate(grid, strategy, plan, 0, arrays)
     return {
         "round": 0,
         **_evaluation(metrics, strategy),
         "train_loss": None,
         "samples": 0,
         "tokens": 0,
-        **_bytes(traffic),
+        **(grid.traffic - before - uncounted).total,
         "wall_s": round(time.perf_counter() - started, 4),
         "time": {"train": 0.0, "wait": 0.0, "codec": 0.0, "aggregate": 0.0, "evaluate": evaluate_s},
     }
@@ -138,12 +140,12 @@ def _run_round(
     arrays: ArrayRecord,
     members: Membership,
 ) -> tuple[ArrayRecord, dict[str, Any]]:
-    started, traffic = time.perf_counter(), Traffic()
+    started, before = time.perf_counter(), grid.traffic
     pending = strategy.pending
     failures: list[dict[str, Any]] = []
     while True:
         attempt = len(failures) + 1
-        grid.traffic, grid.wait_s = Traffic(), 0.0
+        grid.wait_s = 0.0
         strategy.members = members.ready()
         strategy.tasks = _tasks(strategy, plan, state, number, attempt)
         replies = grid.send_and_receive(
@@ -154,8 +156,6 @@ def _run_round(
         new, _ = strategy.aggregate_train(number, replies)
         outcome = strategy.outcome
         members.doubt(refusal.node for refusal in outcome.refused)
-        traffic.down += grid.traffic.down
-        traffic.up += grid.traffic.up
         if new is not None:
             break
         failures.append(_failure(strategy, outcome))
@@ -166,8 +166,11 @@ def _run_round(
                 "good adapter is in place. Fix the clients, or allow fewer with --min_replies."
             )
     state.client_rounds.update(outcome.rounds)
-    wait_s = max(0.0, grid.wait_s - outcome.train_s)
-    metrics, evaluate_s = _evaluate(grid, strategy, plan, number, new)
+    codec_s = (grid.traffic - before).codec_s
+    wait_s = max(0.0, grid.wait_s - outcome.train_s - codec_s)
+    names = strategy.clients
+    metrics, evaluate_s, uncounted = _evaluate(grid, strategy, plan, number, new)
+    traffic = grid.traffic - before - uncounted
     last = state.history[-1]
     return new, {
         "round": number,
@@ -176,7 +179,8 @@ def _run_round(
         "train_loss": outcome.train_loss,
         "samples": last["samples"] + outcome.total("examples"),
         "tokens": last["tokens"] + outcome.total("tokens"),
-        **_bytes(traffic),
+        **traffic.total,
+        "clients": {names[node]: traffic.of(node) for node in traffic.nodes if node in names},
         "wall_s": round(time.perf_counter() - started, 4),
         "replies": outcome.replies,
         "refused": [asdict(refusal) for refusal in outcome.refused],
@@ -189,7 +193,7 @@ def _run_round(
         "time": {
             "train": round(outcome.train_s, 4),
             "wait": round(wait_s, 4),
-            "codec": 0.0,
+            "codec": round(codec_s, 4),
             "aggregate": round(outcome.aggregate_s, 4),
             "evaluate": evaluate_s,
         },
@@ -227,10 +231,12 @@ def _tasks(
 
 def _evaluate(
     grid: EagerGrid, strategy: FedStrategy, plan: Plan, number: int, arrays: ArrayRecord
-) -> tuple[dict[str, float], float]:
-    """Metrics of the global parameters, none when nobody can score them; and seconds."""
-    traffic, wait_s, started = grid.traffic, grid.wait_s, time.perf_counter()
-    grid.traffic = Traffic()
+) -> tuple[dict[str, float], float, Traffic]:
+    """Metrics of the global parameters, none when nobody can score them; seconds; and traffic.
+
+    The traffic is that which does not count: held-out rows in one place are the server's own.
+    """
+    before, wait_s, started = grid.traffic, grid.wait_s, time.perf_counter()
     messages = strategy.configure_evaluate(number, arrays, ConfigRecord(), grid.grid)
     replies = grid.send_and_receive(messages, timeout=plan.round_timeout_s)
     try:
@@ -240,12 +246,10 @@ def _evaluate(
             raise
         log.warning("%s; the round counts without a score", error)
         metrics = MetricRecord()
-    if plan.sites_evaluate:
-        traffic.down += grid.traffic.down
-        traffic.up += grid.traffic.up
-    grid.traffic, grid.wait_s = traffic, wait_s
+    grid.wait_s = wait_s
+    uncounted = Traffic() if plan.sites_evaluate else grid.traffic - before
     plain = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
-    return plain, round(time.perf_counter() - started, 4)
+    return plain, round(time.perf_counter() - started, 4), uncounted
 
 
 def _evaluation(metrics: dict[str, float], strategy: FedStrategy) -> dict[str, Any]:
@@ -253,15 +257,6 @@ def _evaluation(metrics: dict[str, float], strategy: FedStrategy) -> dict[str, A
     record = {"eval_loss": metrics.get("eval_loss"), "eval_metrics": others}
     scores = strategy.scores
     return {**record, "eval_clients": scores} if len(scores) > 1 else record
-
-
-def _bytes(traffic: Traffic) -> dict[str, int]:
-    return {
-        "bytes_up": traffic.up,
-        "bytes_down": traffic.down,
-        "bytes_up_raw": traffic.up,
-        "bytes_down_raw": traffic.down,
-    }
 
 
 def _base(base: Cumulative) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import FederationArguments
+from fedtune.config import FederationArguments, TransportArguments
 from fedtune.files import read_json, write_json
 
 __all__ = ["FEDERATION", "STOP", "SUBMISSION", "Submission"]
@@ -24,6 +24,7 @@ class Submission:
         run: id that sites know the run by; a resumed run keeps it.
         directory: where the ServerApp leaves its results.
         federation: rounds, budgets and method; its `num_clients` is not used.
+        transport: how parameters are written for the wire.
         min_clients: sites that must have joined before the first round.
         join_timeout_s: how long to wait for them.
         sites_evaluate: whether each site scores the global model on rows of its own.
@@ -37,6 +38,7 @@ class Submission:
     min_clients: int
     join_timeout_s: float
     init_adapter: str | None = None
+    transport: TransportArguments = field(default_factory=TransportArguments)
     track: tuple[str, ...] = ()
     sites_evaluate: bool = True
     resume: bool = False
@@ -52,4 +54,5 @@ class Submission:
         """Inverse of `write`."""
         plain: dict[str, Any] = read_json(path)
         plain["federation"] = FederationArguments(**plain["federation"])
+        plain["transport"] = TransportArguments(**plain.get("transport", {}))
         return cls(**{**plain, "track": tuple(plain["track"])})

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedtune.config import Arguments, split_ints
+from fedtune.config import Arguments
 from fedtune.errors import ConfigError
+from fedtune.lists import split_ints
 from fedtune.nearest import nearest
 from fedtune.settings.hf_settings import defaults_for
 from fedtune.settings.parser import (
@@ -31,6 +32,7 @@ __all__ = ["parse_arguments"]
 
 # Text fields that hold a list, or `k=v` pairs: YAML may write them as a number, list or mapping.
 COMMA_SEPARATED = {
+    "codec_args",
     "compare",
     "lora_target_modules",
     "min_replies",
@@ -49,6 +51,9 @@ EXCLUSIVE = (
 
 # A flag that changes the first drops the second's YAML value, which was meant for the other kind.
 BELONGS = {"partition": "partition_column", "strategy": "strategy_args"}
+
+# `--codec none` drops these YAML values: without a codec they mean nothing.
+OF_A_CODEC = {"codec_args", "codec_direction", "codec_on", "error_feedback"}
 
 
 def parse_arguments(
@@ -129,13 +134,19 @@ def _without_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> d
     for name, detail in BELONGS.items():
         if name in flags and flags[name] != values.get(name):
             dropped.add(detail)
+    if flags.get("codec") == "none":
+        dropped |= OF_A_CODEC
     return {name: value for name, value in values.items() if name not in dropped}
 
 
 def _join(value: Any) -> Any:
-    """A number, list or mapping as the text a flag would hold; [1, 2] -> "1,2", {a: 1} -> "a=1"."""
+    """A number, list or mapping as the text a flag would hold.
+
+    [1, 2] -> "1,2";  {a: 1, b: [2, 3]} -> "a=1,b=2,b=3"
+    """
     if isinstance(value, dict):
-        return ",".join(f"{key}={item}" for key, item in value.items())
+        lists = {key: item if isinstance(item, list) else [item] for key, item in value.items()}
+        return ",".join(f"{key}={item}" for key, items in lists.items() for item in items)
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):

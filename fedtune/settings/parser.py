@@ -31,6 +31,7 @@ GROUPS: tuple[tuple[str, str, type], ...] = (
     ("adapter", "Adapter", config.AdapterArguments),
     ("data", "Data", config.DataArguments),
     ("federation", "Federation", config.FederationArguments),
+    ("transport", "Transport", config.TransportArguments),
     ("run", "Run", config.RunArguments),
 )
 

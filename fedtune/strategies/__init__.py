@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedtune.config import FederationArguments, strategy_settings
+from fedtune.config import FederationArguments
+from fedtune.lists import strategy_settings
 from fedtune.strategies.base import ClientStats, Correction, Fold, Method, Properties
 from fedtune.strategies.fedavg import FedAvg, FixedGlobal
 from fedtune.strategies.mean import RunningMean

@@ -46,7 +46,7 @@ Exactness = Literal["exact", "to rank", "approximate"]
 
 @dataclass(frozen=True)
 class Properties:
-    """What `checks.py`, the docs and the contract test need to know of a method.
+    """What `checks/`, the docs and the contract test need to know of a method.
 
     Attributes:
         axis: the one axis it occupies when methods are joined by `+`; None combines with nothing.

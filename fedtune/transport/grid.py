@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.transport.grid_base import POLL_INTERVAL_S, replies_to
 from fedtune.transport.records import count_bytes
+from fedtune.transport.traffic import Meter, Traffic
 
-__all__ = ["EagerGrid", "Traffic"]
-
-
-@dataclass
-class Traffic:
-    """Bytes of the records that left (`down`) and arrived (`up`), as encoded on the wire."""
-
-    down: int = 0
-    up: int = 0
+__all__ = ["EagerGrid"]
 
 
 class EagerGrid:
     """Sends messages through `grid` and yields replies one by one.
 
     A reply is kept until somebody asks for it: what a round leaves over is there for the next one.
-    `traffic` counts bytes since it was last replaced.
+
+    Args:
+        wire: counts what a decorator below makes of the messages; None: they leave as they are.
     """
 
-    def __init__(self, grid: Grid, poll_interval_s: float = POLL_INTERVAL_S) -> None:
+    def __init__(
+        self, grid: Grid, poll_interval_s: float = POLL_INTERVAL_S, wire: Meter | None = None
+    ) -> None:
         self.grid = grid
         self.poll_interval_s = poll_interval_s
-        self.traffic = Traffic()
+        self._raw = Meter()
+        self._wire = wire or self._raw
         self.wait_s = 0.0
         self._asked: dict[str, int] = {}  # id of a message -> node that it went to
         self._inbox: list[Message] = []
@@ -49,11 +46,17 @@ class EagerGrid:
     def push(self, messages: Iterable[Message]) -> list[str]:
         """Send messages without waiting for a reply; returns their ids."""
         outgoing = list(messages)
-        self.traffic.down += sum(count_bytes(message.content) for message in outgoing)
+        for message in outgoing:
+            self._raw.down[message.metadata.dst_node_id] += count_bytes(message.content)
         ids = list(self.grid.push_messages(outgoing))
         nodes = [message.metadata.dst_node_id for message in outgoing]
         self._asked.update(zip(ids, nodes, strict=True))
         return ids
+
+    @property
+    def traffic(self) -> Traffic:
+        """All bytes so far."""
+        return Traffic.now(self._wire, self._raw)
 
     def node_of(self, reply: Message) -> int:
         """The node that was asked: the reply for one that is lost comes from the server itself."""
@@ -68,7 +71,9 @@ class EagerGrid:
         self.wait_s += time.monotonic() - started
         while (index := self._next(wanted)) is not None:
             if self._inbox[index].has_content():
-                self.traffic.up += count_bytes(self._inbox[index].content)
+                reply = self._inbox[index]
+                self._raw.up[self.node_of(reply)] += count_bytes(reply.content)
+                del reply
             message_id = self._inbox[index].metadata.reply_to_message_id
             yield self._inbox.pop(index)
             self._asked.pop(message_id, None)

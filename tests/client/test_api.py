@@ -12,7 +12,11 @@ import fedtune
 from fedtune.client import api
 from fedtune.errors import ConfigError, ManifestError, RoundError
 from fedtune.relay.folder import RunFolder
-from tests.client.driver import Params, Server, trained
+from fedtune.relay.frames import encode
+from fedtune.transport.coded_records import VERSION, facts_of, wrap
+from fedtune.transport.messages import SETUP, pack
+from fedtune.transport.versions import fingerprint
+from tests.client.driver import Params, Server, send, trained
 
 FIRST = {"w": torch.zeros(2, 3), "b": torch.ones(3)}
 
@@ -54,6 +58,28 @@ def test_a_loop_that_asks_whether_it_goes_on(run: RunFolder) -> None:
             fedtune.send(update.params, num_examples=1)
             rounds += 1
     assert rounds == 3
+
+
+def test_first_parameters_may_share_memory(run: RunFolder) -> None:
+    """They are kept for the first difference, where the run has a codec."""
+    both = torch.ones(3, 4)
+    first = {"a": both, "b": both, "c": torch.nn.Parameter(torch.zeros(2))}
+    name = fingerprint({f"arrays/{key}": tensor for key, tensor in first.items()})
+    said: list[object] = []
+
+    def script(server: Server) -> None:
+        params = server.begin()
+        assert server.manifest is not None
+        plain = pack(arrays={}, config={"run": "run", "manifest": server.manifest.to_json()})
+        frame = send(run, encode(SETUP, wrap(plain, None, {VERSION: name})))
+        said.append(facts_of(server.good(frame))[VERSION])
+        server.finish(params, 0, "stopped")
+
+    with Server(run, script):
+        fedtune.init(first)
+        assert fedtune.receive() is None
+    assert said == [name]
+    assert (run.path / "transport" / f"version-{name}.safetensors").is_file()
 
 
 def test_without_first_parameters_others_give_them(run: RunFolder) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
+from fedtune.client.codec_link import CodecLink
 from fedtune.client.session import KEPT_REPLIES, Session
 from fedtune.errors import ConfigError, RoundError
 from fedtune.relay.folder import RunFolder
@@ -24,9 +25,13 @@ from fedtune.relay.frames import MAX_FRAME_BYTES, Frame, decode, encode
 from tests.client.driver import connect, send
 
 
+def owned(folder: RunFolder) -> Session:
+    return Session(folder, CodecLink(folder.path / "transport", dict))
+
+
 @pytest.fixture
 def session(folder: RunFolder) -> Iterator[Session]:
-    session = Session(folder)
+    session = owned(folder)
     yield session
     session.close()
 
@@ -89,12 +94,12 @@ def test_a_peer_that_left_finds_the_reply_later(session: Session) -> None:
 
 
 def test_the_reply_outlives_the_process(folder: RunFolder) -> None:
-    session = Session(folder)
+    session = owned(folder)
     asking = Asking(folder, question(1))
     session.next(10.0).reply(answer(3))
     asking.result()
     session.close()
-    session = Session(folder)
+    session = owned(folder)
     assert said(send(folder, question(1))) == 3
     session.close()
 
@@ -167,7 +172,7 @@ def test_half_a_frame_does_not_disturb(session: Session) -> None:
 
 def test_a_folder_has_one_owner(session: Session) -> None:
     with pytest.raises(ConfigError, match="one Trainer per run"):
-        Session(session.folder)
+        owned(session.folder)
     assert send(session.folder, encode("ping")).error is None
 
 
@@ -175,14 +180,14 @@ def test_a_stale_socket_is_replaced(folder: RunFolder) -> None:
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(folder.socket))
     stale.close()
-    session = Session(folder)
+    session = owned(folder)
     assert send(folder, encode("ping")).error is None
     session.close()
     assert not folder.socket.exists()
 
 
 def test_closing_answers_who_waits(folder: RunFolder) -> None:
-    session = Session(folder)
+    session = owned(folder)
     asking = Asking(folder, question(1))
     session.next(10.0)
     session.close("out of memory")
@@ -200,7 +205,7 @@ def test_after_the_end_only_old_answers_are_given(session: Session) -> None:
 
 def test_two_runs_in_one_process(session: Session) -> None:
     with tempfile.TemporaryDirectory(prefix="ft-") as directory:
-        other = Session(RunFolder.create(Path(directory) / "other"))
+        other = owned(RunFolder.create(Path(directory) / "other"))
         asking = [Asking(one.folder, question(1)) for one in (session, other)]
         other.next(10.0).reply(answer(2))
         session.next(10.0).reply(answer(1))
@@ -217,7 +222,7 @@ def test_silence_has_a_limit_and_a_beat(session: Session) -> None:
 
 def test_a_forked_child_does_not_keep_the_folder(folder: RunFolder) -> None:
     """A killed trainer's data loader workers may live on for seconds."""
-    session = Session(folder)
+    session = owned(folder)
     forked, child_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -227,7 +232,7 @@ def test_a_forked_child_does_not_keep_the_folder(folder: RunFolder) -> None:
     try:
         os.read(forked, 1)
         session._door.release()  # as the kernel does when the parent is killed
-        again = Session(folder)
+        again = owned(folder)
         again.close()
     finally:
         os.kill(child, signal.SIGKILL)

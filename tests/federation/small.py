@@ -21,6 +21,7 @@ from fedtune.config import (
     FederationArguments,
     ModelArguments,
     RunArguments,
+    TransportArguments,
 )
 from fedtune.engines._compat import task_identity
 from fedtune.engines.inline import InlineGrid, run_inline
@@ -70,6 +71,7 @@ def arguments(
         adapter=AdapterArguments(lora_dropout=dropout),
         data=DataArguments(),
         federation=FederationArguments(**given),
+        transport=TransportArguments(),
         run=RunArguments(**(run or {})),
         training=training,
     )

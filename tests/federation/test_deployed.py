@@ -12,13 +12,15 @@ from flwr.app import Context, RecordDict
 
 from fedtune.adapters import load_exported
 from fedtune.compare.deployed import write_summary
-from fedtune.config import FederationArguments
+from fedtune.config import FederationArguments, TransportArguments
 from fedtune.errors import ConfigError, RoundError
-from fedtune.files import read_json
+from fedtune.files import read_json, write_json
 from fedtune.report import load_summary
+from fedtune.server import deployed
 from fedtune.server.checkpoint import load_latest
 from fedtune.server.deployed import app
 from fedtune.server.submission import FEDERATION, STOP, Submission
+from fedtune.transport.settings import CodecSettings
 from tests.federation.scripted import ScriptedGrid, in_a_task
 from tests.federation.test_membership import Deployment
 
@@ -48,8 +50,27 @@ def stopping(directory: Path, value: float) -> Callable[[dict[str, torch.Tensor]
 
 
 def test_a_submission_is_read_as_it_was_written(tmp_path: Path) -> None:
-    given = submission(tmp_path, track=("tensorboard",), init_adapter="a/b", resume=True)
+    transport = TransportArguments(codec="nf4", error_feedback=False, codec_args="min_size=9")
+    given = submission(tmp_path, track=("tensorboard",), init_adapter="a/b", transport=transport)
     assert Submission.read(given.write()) == given
+
+
+def test_a_submission_from_before_there_were_codecs_has_none(tmp_path: Path) -> None:
+    path = submission(tmp_path).write()
+    plain = read_json(path)
+    del plain["transport"]
+    write_json(path, plain)
+    assert Submission.read(path).transport == TransportArguments()
+
+
+def test_the_server_gets_the_codec_of_the_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[CodecSettings] = []
+    monkeypatch.setattr(deployed, "serve", lambda grid, run: seen.append(run.codec))
+    run(submission(tmp_path, transport=TransportArguments(codec="int8")), Deployment())
+    run(submission(tmp_path), Deployment())
+    assert seen == [CodecSettings(codec="int8"), CodecSettings()]
 
 
 def test_a_run_leaves_what_any_run_leaves(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_no_yaml_is_left_over():
 def test_help(script):
     done = run_here(script, "--help")
     assert (done.status, done.err) == (0, "")
-    for group in ("Base model", "Adapter", "Data", "Federation", "Run", "HuggingFace Trainer"):
+    groups = ("Base model", "Adapter", "Data", "Federation", "Transport", "Run")
+    for group in (*groups, "HuggingFace Trainer"):
         assert f"\n{group}:" in done.out
     assert "--max_steps" not in done.out

@@ -11,6 +11,12 @@ from typing import Any
 
 HOSTILE = '<script>alert("x")</script>'
 ROUNDS, CLIENTS, STEP_SAMPLES = 10, 4, 640
+CLIENT_BYTES = {
+    "bytes_up": 329_780,
+    "bytes_down": 329_780,
+    "bytes_up_raw": 1_310_720,
+    "bytes_down_raw": 1_310_720,
+}
 
 
 def made_up_series(
@@ -80,6 +86,9 @@ def made_up_summary(rounds: int = ROUNDS) -> dict[str, Any]:
         "arms": arms,
         "strategy": "fedprox+fedadam",
         "codec": "int8",
+        "codec_on": "delta",
+        "codec_direction": "both",
+        "error_feedback": True,
         "seeds": [1, 2, 3],
         "verdict": {
             "gap_centralized_pct": spread(federated, arms["centralized"], -1),
@@ -144,6 +153,7 @@ def made_up_rounds(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "time": {"train": 17.4, "wait": 1.6, "codec": 0.62, "aggregate": 0.94},
                 "bytes_up": 5_251_280,
                 "bytes_down": 5_251_280,
+                "clients": dict.fromkeys((HOSTILE, "clinic-b", "clinic-c"), CLIENT_BYTES),
             }
         )
     if len(lines) > 6:

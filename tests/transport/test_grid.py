@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
@@ -15,9 +16,10 @@ from flwr.clientapp import ClientApp
 from fedtune.engines.inline import InlineGrid
 from fedtune.strategies import FedAvg
 from fedtune.strategies.shell import FedStrategy
-from fedtune.transport.grid import EagerGrid, Traffic
+from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import TRAIN, Member, RoundTask, pack
 from fedtune.transport.records import count_bytes, to_arrays
+from fedtune.transport.traffic import Traffic
 from tests.federation.scripted import MANIFEST, Script, first_params, in_a_task, serve
 from tests.federation.small import result_of, server_run
 
@@ -165,7 +167,16 @@ def test_traffic_counts_bytes_of_both_directions() -> None:
     header = len(to_arrays({"w": torch.ones(7)})["w"].data) - 4 * 7  # numpy's, 128 bytes
     assert header == 128
     assert down == 2 * (1 + 128) + 4 * (2 * 3 + 3) + len("round") + 8
-    assert grid.traffic == Traffic(down=3 * down, up=2 * (1 + 128 + 28 + len("ok") + 8))
+    up = 1 + 128 + 28 + len("ok") + 8
+    nodes = grid.get_node_ids()
+    each, replied = Counter(dict.fromkeys(nodes, down)), Counter({nodes[0]: up, nodes[2]: up})
+    assert grid.traffic == Traffic(each, replied, each, replied)
+    assert grid.traffic.total == {
+        "bytes_up": 2 * up,
+        "bytes_down": 3 * down,
+        "bytes_up_raw": 2 * up,
+        "bytes_down_raw": 3 * down,
+    }
 
 
 @pytest.mark.parametrize("clients", [1, 3])

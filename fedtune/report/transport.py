@@ -1,0 +1,86 @@
+"""What travelled: bytes sent against the same records without a codec ("raw")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+
+from fedtune.report import text
+from fedtune.report.markup import cell, section, table
+from fedtune.report.records import RoundRow, Summary, Traffic
+from fedtune.report.svg import esc
+from fedtune.report.verdict import total
+
+__all__ = ["codec_of", "moved", "of_raw", "transport_section"]
+
+
+def codec_of(summary: Summary) -> str | None:
+    """The codec of a run; None without one."""
+    name = summary.setting("codec")
+    return None if name == "none" else name
+
+
+def moved(summary: Summary) -> Traffic:
+    """Of the federated arm: all rounds, all clients."""
+    mean = summary.federated.mean
+    up, down = total(mean.bytes_up), total(mean.bytes_down)
+    return Traffic(up, down, total(mean.bytes_up_raw), total(mean.bytes_down_raw))
+
+
+def of_raw(sent: float | None, raw: float | None) -> str:
+    """`13.0 %`."""
+    return text.percent(100 * sent / raw if raw and sent is not None else None)
+
+
+def transport_section(summary: Summary, rounds: Sequence[RoundRow], seed: str | None) -> str:
+    """By direction, and by client where the rounds say it; nothing without a codec."""
+    codec, all_of_it = codec_of(summary), moved(summary)
+    if codec is None:
+        return ""
+    one_way = {"up": "down", "down": "up"}.get(summary.setting("codec_direction") or "")
+    rows = [
+        [
+            cell(direction, "name"),
+            cell("none" if direction == one_way else codec, ""),
+            *_figures(raw, sent),
+        ]
+        for direction, raw, sent in (
+            ("up", all_of_it.up_raw, all_of_it.up),
+            ("down", all_of_it.down_raw, all_of_it.down),
+            ("both", all_of_it.raw, all_of_it.sent),
+        )
+    ]
+    ways = table(["Direction", "Codec", "#MB raw", "#MB sent", "#Of raw"], rows)
+    return section("Transport", _note(summary), ways + _by_client(rounds, seed))
+
+
+def _note(summary: Summary) -> str:
+    weights = summary.setting("codec_on") == "weights"
+    words = f"The codec writes {'the values themselves' if weights else 'differences'}"
+    if summary.setting("error_feedback") == "True":
+        words += "; what it loses of an update goes with the next one"
+    return f"{words}. Raw: the same records without it; manifests and numbers are in both."
+
+
+def _by_client(rounds: Sequence[RoundRow], seed: str | None) -> str:
+    names = dict.fromkeys(name for row in rounds for name in row.clients)
+    rows = []
+    for name in names:
+        traffic = _sum(row.clients[name] for row in rounds if name in row.clients)
+        up, down = _figures(traffic.up_raw, traffic.up), _figures(traffic.down_raw, traffic.down)
+        share = cell(of_raw(traffic.sent, traffic.raw), "n")
+        rows.append([cell(name, "name"), *up[:2], *down[:2], share])
+    if not rows:
+        return ""
+    heads = ["Client", "#MB up, raw", "#Sent", "#MB down, raw", "#Sent", "#Of raw"]
+    title = f"Clients, rounds 1 to {len(rounds)}{f' of seed {seed}' if seed else ''}"
+    return f'<h3 class="later">{esc(title)}</h3>{table(heads, rows)}'
+
+
+def _figures(raw: float | None, sent: float | None) -> list[str]:
+    words = (text.megabytes(raw), text.megabytes(sent), of_raw(sent, raw))
+    return [cell(word, "n") for word in words]
+
+
+def _sum(rounds: Iterable[Traffic]) -> Traffic:
+    return Traffic(*(total(values) for values in zip(*map(astuple, rounds), strict=True)))

@@ -1,0 +1,245 @@
+"""A session under a codec: the server's coded grid at the other end of its socket."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from fedtune.client.codec_link import CodecLink
+from fedtune.client.session import Request, Session
+from fedtune.engines.inline import InlineGrid
+from fedtune.errors import RoundError
+from fedtune.relay.folder import RunFolder
+from fedtune.relay.frames import Frame, encode
+from fedtune.transport.codec_grid import CodecGrid
+from fedtune.transport.coded_records import (
+    OLD,
+    VERSION,
+    as_record,
+    bytes_in,
+    facts_of,
+    join,
+    wrap,
+)
+from fedtune.transport.grid import EagerGrid
+from fedtune.transport.messages import TRAIN, RoundTask, arrays_of, pack
+from fedtune.transport.records import to_arrays
+from fedtune.transport.settings import CodecSettings
+from tests.client.driver import send
+from tests.federation.scripted import in_a_task
+from tests.transport.coded import MANIFEST, Tensors, draw, moved
+from tests.transport.tensors import assert_bits
+
+Work = Callable[[RecordDict], RecordDict]
+
+
+def link(folder: RunFolder) -> CodecLink:
+    return CodecLink(folder.path / "transport", dict)
+
+
+def honest(content: RecordDict) -> RecordDict:
+    return moved(0, content)
+
+
+class Site:
+    """A script that answers one request after the other, and can be started again.
+
+    Attributes:
+        seen: tensors of the requests that it was given.
+    """
+
+    def __init__(self, folder: RunFolder, work: Work = honest) -> None:
+        self.folder, self.work = folder, work
+        self.seen: list[Tensors] = []
+        self.session = Session(folder, link(folder))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                request = self.session.next(30.0)
+            except RoundError:
+                return
+            if request.kind == "over":
+                request.reply(RecordDict())
+                return
+            self.seen.append(join(request.content))
+            request.reply(self.work(request.content))
+
+    def close(self) -> None:
+        send(self.folder, encode("over", pack(config={"run": str(uuid4())})))
+        self._thread.join(10.0)
+        self.session.close()
+
+
+class Server:
+    """The coded grid of one client, which is asked over its socket."""
+
+    def __init__(self, folder: RunFolder, **settings: object) -> None:
+        given = {"codec": "nf4", "min_size": 1, **settings}
+        self.settings = CodecSettings(**given)  # type: ignore[arg-type]
+        self.frames: list[Frame] = []
+        self.olds: list[str] = []
+
+        def client(message: Message, context: Context) -> Message:
+            self.olds.append(str(facts_of(message.content)[OLD]))
+            frame = send(folder, encode(message.metadata.message_type, message.content))
+            self.frames.append(frame)
+            if frame.error is not None:
+                raise RoundError(frame.error)
+            return Message(frame.content, reply_to=message)
+
+        self.coded = CodecGrid(InlineGrid(client, 1), self.settings)  # type: ignore[arg-type]
+        self.grid = EagerGrid(self.coded, poll_interval_s=0.0)
+
+    def train(self, params: Tensors, number: int, attempt: int = 1) -> Message:
+        task = RoundTask("42", number, 9, attempt, MANIFEST.hash, 4, 0.0, True, 42)
+        content = pack(arrays=to_arrays(params), config=task.record())
+        (reply,) = self.grid.send_and_receive([Message(content, 2, TRAIN)])
+        return reply
+
+    @property
+    def believed(self) -> Tensors:
+        return dict(self.coded._held[2].received)
+
+
+@pytest.fixture(autouse=True)
+def _task() -> Iterator[None]:
+    with in_a_task():
+        yield
+
+
+@contextmanager
+def started(folder: RunFolder, work: Work = honest) -> Iterator[Site]:
+    site = Site(folder, work)
+    try:
+        yield site
+    finally:
+        site.close()
+
+
+def test_a_started_again_session_decodes_the_next_difference(folder: RunFolder) -> None:
+    server = Server(folder)
+    for number in range(1, 4):
+        with started(folder) as site:
+            reply = server.train(draw(number), number)
+        assert arrays_of(reply.content).keys() == draw(number).keys()
+        (seen,) = site.seen
+        assert_bits(seen, server.believed)
+    assert [bool(old) for old in server.olds] == [False, True, True]
+
+
+def test_a_session_that_has_lost_its_files_asks_once_more(folder: RunFolder) -> None:
+    """Which is no reply to be kept, and nothing that the script hears of."""
+    server = Server(folder)
+    with started(folder) as site:
+        server.train(draw(1), 1)
+        for path in (folder.path / "transport").iterdir():
+            path.unlink()
+        kept = len(list(folder.replies.iterdir()))
+        reply = server.train(draw(2), 2)
+        assert arrays_of(reply.content).keys() == draw(2).keys()
+        assert len(site.seen) == 2
+        assert_bits(site.seen[-1], server.believed)
+        assert len(list(folder.replies.iterdir())) == kept + 1
+    assert [bool(old) for old in server.olds] == [False, True, False]
+    assert ["resend" in frame.content for frame in server.frames] == [False, True, False]
+
+
+def test_a_round_that_comes_again_is_not_trained_again(folder: RunFolder) -> None:
+    """Its bytes are others: nothing has changed since the attempt before."""
+    server = Server(folder)
+    with started(folder) as site:
+        server.train(draw(1), 1)
+        first = server.train(draw(2), 2)
+        again = server.train(draw(2), 2, attempt=2)
+        assert len(site.seen) == 2
+        assert_bits(arrays_of(first.content), arrays_of(again.content))
+        assert_bits(site.seen[-1], server.believed)
+        server.train(draw(3), 3)
+        assert len(site.seen) == 3
+        assert_bits(site.seen[-1], server.believed)
+    assert all(server.olds[1:])
+
+
+def test_another_round_from_the_same_parameters_is_another_one(folder: RunFolder) -> None:
+    server = Server(folder)
+    with started(folder) as site:
+        for number in (1, 2, 3):
+            server.train(draw(1), number)
+        server.train({**draw(1), "z": torch.ones(())}, 3)
+        assert len(site.seen) == 4
+
+
+def test_the_kept_reply_is_the_encoded_one(folder: RunFolder) -> None:
+    """With what the codec made of it; a script that starts again finds it."""
+    server = Server(folder, feedback=True)
+    with started(folder):
+        first = server.train(draw(1), 1)
+    server.coded._held.clear()
+    with started(folder) as site:
+        again = server.train(draw(1), 1)
+        assert site.seen == []
+    assert bytes_in(server.frames[0].content) == bytes_in(server.frames[1].content)
+    assert_bits(arrays_of(first.content), arrays_of(again.content))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reply_that_no_codec_takes_is_refused_by_name(folder: RunFolder, bad: float) -> None:
+    """Nothing of it is kept: the same round may be tried again."""
+    spoiled: list[int] = []
+
+    def work(content: RecordDict) -> RecordDict:
+        params = arrays_of(honest(content))
+        if not spoiled:
+            spoiled.append(1)
+            params["b"][1, 1] = bad
+        return pack(arrays=params)
+
+    server = Server(folder, feedback=True)
+    with started(folder, work) as site:
+        reply = server.train(draw(1), 1)
+        assert reply.error.reason.startswith("arrays/b: expected finite values, received NaN")
+        assert not list(folder.replies.iterdir())
+        assert not list((folder.path / "transport").glob("residual/*"))
+        reply = server.train(draw(1), 1)
+        assert arrays_of(reply.content).keys() == draw(1).keys()
+        assert len(site.seen) == 2
+        assert_bits(site.seen[-1], server.believed)
+
+
+@pytest.mark.parametrize("data", [b"", b"noise", b"FTQB" + bytes(40)])
+def test_bytes_that_no_server_sends_are_refused(folder: RunFolder, data: bytes) -> None:
+    server = Server(folder)
+    with started(folder) as site:
+        server.train(draw(1), 1)
+        held = server.coded._held[2].name
+        facts = {**server.settings.record(), VERSION: "0", OLD: held}
+        content = wrap(pack(config={"run": "42", "round": 2}), as_record(data), facts)
+        assert str(send(folder, encode(TRAIN, content)).error).startswith("payload: expected ")
+        assert len(site.seen) == 1
+        server.train(draw(2), 2)
+        assert_bits(site.seen[-1], server.believed)
+    assert all(server.olds[1:])
+
+
+def test_messages_without_a_codec_pass(folder: RunFolder) -> None:
+    session = Session(folder, link(folder))
+    answers: list[Frame] = []
+    content = pack(arrays=draw(1), config={"run": "42", "round": 1})
+    asking = threading.Thread(target=lambda: answers.append(send(folder, encode(TRAIN, content))))
+    asking.start()
+    request: Request = session.next(10.0)
+    assert request.content == content
+    request.reply(content)
+    asking.join(10.0)
+    assert answers[0].content == content
+    assert not (folder.path / "transport").exists()
+    session.close()

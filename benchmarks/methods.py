@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tables import aligned, as_markdown, spread
+
 from fedtune.report import Series, load_summary
 
 CLIENTS = 10
@@ -252,23 +254,6 @@ def print_table(rows: Sequence[dict[str, object]], markdown: bool) -> None:
         print("\n".join(as_markdown(lines) if markdown else aligned(lines)))
 
 
-def as_markdown(lines: Sequence[Sequence[str]]) -> list[str]:
-    head, *others = (f"| {' | '.join(line)} |" for line in lines)
-    return [head, "|---" * len(lines[0]) + "|", *others]
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """First column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-
-
 def cells(row: dict[str, object]) -> tuple[str, ...]:
     mean = [statistics.fmean(losses) for losses in zip(*row["eval_loss"].values(), strict=True)]
     after = mean[1:]
@@ -286,14 +271,6 @@ def cells(row: dict[str, object]) -> tuple[str, ...]:
         "-" if row["method"] == "fedavg" else spread(fedavg, "+.2f", ".2f"),
         "-" if row["method"] == "(centralized)" else spread(centralized, "+.2f", ".2f"),
     )
-
-
-def spread(values: Sequence[float], mean: str, std: str) -> str:
-    """Mean, and standard deviation over several seeds."""
-    if not values:
-        return "-"
-    text = format(statistics.fmean(values), mean)
-    return f"{text} ± {format(statistics.stdev(values), std)}" if len(values) > 1 else text
 
 
 if __name__ == "__main__":

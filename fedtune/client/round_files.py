@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -24,9 +25,12 @@ class RoundFiles:
         self._directory = directory
 
     def read(self, server_round: int) -> dict[str, Tensor] | None:
-        """What was kept after a round; None when there is no such file."""
+        """What was kept after a round; None when there is no such file, or not a whole one."""
         file = self.file(server_round)
-        return load_file(file) if file.is_file() else None
+        try:
+            return load_file(file) if file.is_file() else None
+        except SafetensorError:
+            return None
 
     def write(
         self, server_round: int, tensors: Mapping[str, Tensor], still_needed: Iterable[int]

@@ -145,7 +145,7 @@ def _run_round(
     failures: list[dict[str, Any]] = []
     while True:
         attempt = len(failures) + 1
-        grid.wait_s = 0.0
+        grid.wait_s, coded_s = 0.0, grid.traffic.codec_s
         strategy.members = members.ready()
         strategy.tasks = _tasks(strategy, plan, state, number, attempt)
         replies = grid.send_and_receive(
@@ -166,8 +166,8 @@ def _run_round(
                 "good adapter is in place. Fix the clients, or allow fewer with --min_replies."
             )
     state.client_rounds.update(outcome.rounds)
-    codec_s = (grid.traffic - before).codec_s
-    wait_s = max(0.0, grid.wait_s - outcome.train_s - codec_s)
+    coded_s = grid.traffic.codec_s - coded_s  # in the attempt that was good, as is the wait
+    wait_s = max(0.0, grid.wait_s - outcome.train_s - coded_s)
     names = strategy.clients
     metrics, evaluate_s, uncounted = _evaluate(grid, strategy, plan, number, new)
     traffic = grid.traffic - before - uncounted
@@ -193,7 +193,7 @@ def _run_round(
         "time": {
             "train": round(outcome.train_s, 4),
             "wait": round(wait_s, 4),
-            "codec": round(codec_s, 4),
+            "codec": round(coded_s, 4),
             "aggregate": round(outcome.aggregate_s, 4),
             "evaluate": evaluate_s,
         },

@@ -99,8 +99,8 @@ class Server:
         self.coded = CodecGrid(InlineGrid(client, 1), self.settings)  # type: ignore[arg-type]
         self.grid = EagerGrid(self.coded, poll_interval_s=0.0)
 
-    def train(self, params: Tensors, number: int, attempt: int = 1) -> Message:
-        task = RoundTask("42", number, 9, attempt, MANIFEST.hash, 4, 0.0, True, 42)
+    def train(self, params: Tensors, number: int, attempt: int = 1, resume: int = 0) -> Message:
+        task = RoundTask("42", number, 9, attempt, MANIFEST.hash, 4, 0.0, True, 42, resume)
         content = pack(arrays=to_arrays(params), config=task.record())
         (reply,) = self.grid.send_and_receive([Message(content, 2, TRAIN)])
         return reply
@@ -213,6 +213,21 @@ def test_a_reply_that_no_codec_takes_is_refused_by_name(folder: RunFolder, bad: 
         assert arrays_of(reply.content).keys() == draw(1).keys()
         assert len(site.seen) == 2
         assert_bits(site.seen[-1], server.believed)
+
+
+@pytest.mark.parametrize("damage", [b"", b"noise" * 9, bytes(100)])
+def test_what_was_left_over_may_be_damaged(folder: RunFolder, damage: bytes) -> None:
+    """It is lost then; the script goes on."""
+    server = Server(folder, feedback=True)
+    residual = folder.path / "transport" / "residual"
+    with started(folder) as site:
+        server.train(draw(1), 1)
+        (file,) = residual.iterdir()
+        file.write_bytes(damage)
+        reply = server.train(draw(2), 2, resume=1)
+        assert arrays_of(reply.content).keys() == draw(2).keys()
+        assert len(site.seen) == 2
+    assert len(list(residual.iterdir())) == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"noise", b"FTQB" + bytes(40)])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
 from torch import Tensor
 
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.engines._compat import task_identity
 from fedtune.engines.delayed import DelayedGrid
-from fedtune.engines.inline import run_inline
+from fedtune.engines.inline import InlineGrid, run_inline
 from fedtune.server.app import server_app
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies import METHODS, build_method
+from fedtune.transport.coded_records import facts_of
+from fedtune.transport.messages import EVALUATE, SETUP, TRAIN
 from fedtune.transport.settings import CodecSettings
 from tests.federation import test_mixed_ranks as mixed
 from tests.federation.small import result_of, same_tensors, server_run, small_worker
@@ -127,6 +131,32 @@ def test_tensors_that_are_left_out_travel_as_they_are(
     assert same_tensors(state.params, plain[0].params)
 
 
+@pytest.mark.parametrize("sites_evaluate", [False, True])
+def test_held_out_rows_of_the_server_score_what_it_has(
+    tmp_path: Path, sites_evaluate: bool
+) -> None:
+    """Those of sites score what the sites have."""
+    kinds = set()
+
+    class Watching(InlineGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            outgoing = list(messages)
+            for message in outgoing:
+                if facts_of(message.content):
+                    kinds.add(message.metadata.message_type)
+            return super().push_messages(outgoing)
+
+    worker = workers(tmp_path)
+    run = server_run(2, num_rounds=1, sites_evaluate=sites_evaluate)
+    run.codec = CodecSettings("nf4", min_size=1)
+    app = client_app(lambda: worker)
+    with task_identity(1, 1):
+        grid = Watching(app, 2)
+        server_app(run)(grid, grid._contexts[2])
+    result_of(run)
+    assert kinds == {SETUP, TRAIN} | ({EVALUATE} if sites_evaluate else set())
+
+
 def test_the_same_run_twice_is_the_same(tmp_path: Path) -> None:
     states = [coded(workers(tmp_path / name), "nf4", feedback=True) for name in "ab"]
     assert same_tensors(states[0].params, states[1].params)
@@ -155,7 +185,7 @@ def test_a_narrow_model_under_its_own_codec_loses_nothing(tmp_path: Path) -> Non
 # --- every method ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "flwr:FedAvg"])
 def test_every_method_takes_coded_updates(tmp_path: Path, method: str) -> None:
     """Control variates, terms of the base, factors that rest or stay with a client."""
     clients = max(3, build_method(method, weight_by="tokens").least_updates())

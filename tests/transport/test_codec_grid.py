@@ -188,6 +188,18 @@ def test_bytes_are_those_of_both_sides(tmp_path: Path) -> None:
     assert all(count_bytes(sent) - len(bytes_in(sent) or b"") < 400 for sent in arrived)
 
 
+def test_seconds_that_a_client_needed_count(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+
+    def deliver(reply: Message) -> list[Message]:
+        reply.content.config_records["codec"]["seconds"] = 500.0
+        return [reply]
+
+    bench.network.deliver = deliver
+    bench.ask(draw(1))
+    assert 500 < bench.grid.traffic.codec_s < 560
+
+
 @pytest.mark.parametrize("lie", [float("nan"), float("inf"), -1.0, 1e9, "long", True, [1.0]])
 def test_seconds_of_a_client_that_are_none_do_not_count(tmp_path: Path, lie: object) -> None:
     bench = Bench(tmp_path)

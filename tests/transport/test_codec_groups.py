@@ -10,7 +10,7 @@ import torch
 from flwr.app import Message
 
 from fedtune.transport import codec_grid, coder
-from fedtune.transport.coded_records import bytes_in, facts_of
+from fedtune.transport.coded_records import OLD, bytes_in, facts_of
 from fedtune.transport.messages import EVALUATE, TRAIN, pack
 from tests.federation.scripted import in_a_task
 from tests.transport.coded import Bench, draw, named
@@ -103,8 +103,14 @@ def test_a_client_with_the_first_parameters_is_sent_nothing(tmp_path: Path) -> N
         assert not facts_of(reply.content)
         assert reply.content["config"] == {"client": "me"}
     assert [len(bench.versions(client)) for client in range(3)] == [1, 0, 0]
+    bench.network.pushed.clear()
     bench.ask(first)
-    sizes = [len(bytes_in(content) or b"") for _, content in bench.network.pushed[-3:]]
+    assert [facts_of(content)[OLD] == "" for _, content in bench.network.pushed] == [
+        False,
+        True,
+        True,
+    ]
+    sizes = [len(bytes_in(content) or b"") for _, content in bench.network.pushed]
     assert sizes[0] < 150  # the index alone
     assert sizes[1] == sizes[2] > 2 * 9 * 17
     assert_bits(bench.seen[0], named(first))

@@ -145,9 +145,8 @@ class Play:
             taken = bench.coded._take(reply)
             if taken is not None:
                 self.check(taken)
-        while bench.network.waiting:
-            for reply in bench.grid.pull(bench.asked):
-                self.check(reply)
+        for reply in bench.replies():
+            self.check(reply)
 
 
 LARGEST = max(

@@ -92,7 +92,7 @@ class CodecLink:
                 if old and fingerprint(old) != str(facts[OLD]):
                     return None  # the fault lies in the file
                 raise
-            if not self._keep(str(facts[VERSION]), {**old, **tensors}, str(facts[OLD])):
+            if not self._keep(str(facts.get(VERSION)), {**old, **tensors}, str(facts[OLD])):
                 return None
         opened = restore(content, tensors)
         answer = _Answer(CodecSettings.from_record(facts), opened, self._residual)
@@ -101,7 +101,7 @@ class CodecLink:
 
     def _greet(self, setup: RecordDict, reply: RecordDict) -> RecordDict:
         """Say whether the run's first parameters are in the model already, and keep them."""
-        name, own = str(facts_of(setup)[VERSION]), self._own()
+        name, own = str(facts_of(setup).get(VERSION)), self._own()
         entries = manifest_of(setup).entries
         tensors = {f"{ARRAYS}{SEPARATOR}{n}": own[n] for n in entries if n in own}
         return wrap(reply, None, {VERSION: name if self._keep(name, tensors, "") else ""})

@@ -167,7 +167,8 @@ def _session(trainer: Trainer, folder: RunFolder | None, plan: SitePlan) -> Sess
     """A script that is started again for the same run goes on with what is in its output_dir."""
     if folder is None:
         return None
-    directory = Path(str(trainer.args.output_dir)) / f"fedtune_transport-{plan.run}-{plan.client}"
+    name = f"_fedtune_transport-{plan.run}-{plan.client}"  # the Trainer uploads no name with _
+    directory = Path(str(trainer.args.output_dir)) / name
     return Session(folder, CodecLink(directory, lambda: _whole_parameters(trainer)))
 
 

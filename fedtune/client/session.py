@@ -61,7 +61,7 @@ class Request:
         """Decode the content; whether it can be worked on: it is answered when not."""
         try:
             opened = link.open(self.content)
-        except FedtuneError as error:
+        except (FedtuneError, OSError) as error:
             self._refuse(error)
             return False
         if opened is None:
@@ -74,7 +74,7 @@ class Request:
         """Answer; the same request gets the same answer from now on, in later processes too."""
         try:
             sealed = self._seal(content)
-        except FedtuneError as error:
+        except (FedtuneError, OSError) as error:
             self._refuse(error)
             return
         self._finish(encode(self.kind, sealed), keep=True)
@@ -83,7 +83,7 @@ class Request:
         """Refuse; the same request may be tried again."""
         self._finish(encode(self.kind, error=" ".join(reason.split())), keep=False)
 
-    def _refuse(self, error: FedtuneError) -> None:
+    def _refuse(self, error: Exception) -> None:
         log.error("%s: %s", self.kind, error)
         self.fail(str(error))
 

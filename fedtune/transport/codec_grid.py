@@ -11,12 +11,13 @@ Memory: what each group of equal clients has, and what was meant for it.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -29,11 +30,12 @@ from fedtune.transport.coded_records import (
     VERSION,
     bytes_in,
     facts_of,
+    join,
     restore,
     wrap,
 )
 from fedtune.transport.coder import Coder
-from fedtune.transport.differences import undo
+from fedtune.transport.differences import moved, undo
 from fedtune.transport.grid_base import GridBase
 from fedtune.transport.messages import ARRAYS, EVALUATE, SETUP, TRAIN
 from fedtune.transport.records import count_bytes
@@ -42,6 +44,8 @@ from fedtune.transport.traffic import Meter
 from fedtune.transport.versions import Version
 
 __all__ = ["CodecGrid"]
+
+log = logging.getLogger(__name__)
 
 UNUSABLE = 100  # code of an error of ours; Flower's are below
 MOST_VERSIONS = 64
@@ -111,6 +115,7 @@ class CodecGrid(GridBase):
         nodes = list(self.grid.get_node_ids())
         for node in self._held.keys() - set(nodes):
             del self._held[node]
+        self._keep_flights(lambda flight: flight.first.metadata.dst_node_id in nodes)
         return nodes
 
     def get_nodes(self) -> Iterable[Any]:
@@ -170,10 +175,15 @@ class CodecGrid(GridBase):
     def _forget_flights(self, newer: Message) -> None:
         """Who gets a message of a kind has answered the last one of it, or will not."""
         to = (newer.metadata.dst_node_id, newer.metadata.message_type)
-        for message_id, flight in list(self._flights.items()):
+
+        def is_other(flight: _Flight) -> bool:
             metadata = flight.first.metadata
-            if (metadata.dst_node_id, metadata.message_type) == to:
-                del self._flights[message_id]
+            return (metadata.dst_node_id, metadata.message_type) != to
+
+        self._keep_flights(is_other)
+
+    def _keep_flights(self, wanted: Callable[[_Flight], bool]) -> None:
+        self._flights = {i: flight for i, flight in self._flights.items() if wanted(flight)}
         self._again = {s: known for s, known in self._again.items() if known in self._flights}
 
     def _take(self, reply: Message) -> Message | None:
@@ -190,12 +200,13 @@ class CodecGrid(GridBase):
         if reply.has_error():
             self._held.pop(node, None)
             return reply if known_id == sent_id else Message(reply.error, reply_to=flight.first)
-        if RESEND in reply.content and not flight.whole:
-            self._held.pop(node, None)
-            self._send_whole(known_id, flight)
-            return None
         started = time.perf_counter()
         try:
+            if RESEND in reply.content and not flight.whole:
+                log.warning("node %d lacks what it was sent a difference to; it gets all", node)
+                self._held.pop(node, None)
+                self._send_whole(known_id, flight)
+                return None
             if RESEND in reply.content:
                 raise refused("a reply to what was sent whole", "the wish for it once more")
             content = self._decoded(reply.content, flight)
@@ -215,7 +226,13 @@ class CodecGrid(GridBase):
 
     def _decoded(self, content: RecordDict, flight: _Flight) -> RecordDict:
         data = bytes_in(content)
-        return restore(content, None if data is None else undo(data, flight.version.meant))
+        meant, received = flight.version.meant, flight.version.received
+        if data is not None:
+            return restore(content, undo(data, meant))
+        if self._settings.up != "none":
+            return restore(content, None)
+        plain = RecordDict({k: r for k, r in content.items() if not isinstance(r, ArrayRecord)})
+        return restore(plain, moved(join(content), received, meant))
 
     def _send_whole(self, known_id: str, flight: _Flight) -> None:
         coder = Coder(self._settings, self._refactors)

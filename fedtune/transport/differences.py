@@ -23,12 +23,13 @@ from fedtune.adapters import Entry
 from fedtune.errors import ManifestError
 from fedtune.transport.bits import bit_difference, bit_sum
 from fedtune.transport.bundle import Part, Slot, read_bundle, write_bundle
-from fedtune.transport.codecs import CODECS, decode, encode
+from fedtune.transport.codecs import CODECS, codec_in, decode, encode
 from fedtune.transport.codecs.base import refused
 from fedtune.transport.feedback import feed_back
+from fedtune.transport.messages import ARRAYS
 from fedtune.transport.settings import CodecSettings
 
-__all__ = ["SAME", "Coded", "Form", "code", "form_of", "undo"]
+__all__ = ["SAME", "Coded", "Form", "code", "form_of", "moved", "undo"]
 
 VALUE, DELTA, BITS, SAME = "value", "delta", "bits", "same"
 ALONE = 1 << 18  # values; a tensor of so many has a payload of its own, and is not copied for it
@@ -81,7 +82,7 @@ def form_of(
     if is_difference or settings.on == "weights":
         return Form(VALUE, codec, lossy=is_difference)
     if old is None or Entry.of(old) != Entry.of(tensor):
-        return Form(VALUE, codec if chosen.item_bytes else "bf16")
+        return Form(VALUE, "bf16")  # fp16 would lose small values, and refuse large ones
     if tensor.dtype.itemsize <= chosen.item_bytes:
         return Form(BITS, "zstd")
     return Form(DELTA, codec, lossy=True)
@@ -125,6 +126,25 @@ def undo(data: bytes, old: Tensors) -> dict[str, Tensor]:
     for part in read_bundle(data):
         tensors |= _unpacked(part, old)
     return tensors
+
+
+def moved(tensors: Tensors, received: Tensors, meant: Tensors) -> dict[str, Tensor]:
+    """What has become of `received`, as the same difference to `meant`.
+
+    Tensors that are differences by themselves, or of which nothing was received, stay as they are.
+    """
+    return {
+        name: _moved(tensor, received[name], meant[name])
+        if name in received and name in meant and name.startswith(ARRAYS)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _moved(tensor: Tensor, received: Tensor, meant: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or Entry.of(tensor) != Entry.of(received):
+        return tensor
+    return (_wide(tensor) + (_wide(meant) - _wide(received))).to(tensor.dtype)
 
 
 def _groups(tensors: Tensors, forms: Mapping[str, Form]) -> Iterable[tuple[Form, list[str]]]:
@@ -184,6 +204,8 @@ def _unpacked(part: Part, old: Tensors) -> dict[str, Tensor]:
             raise refused(f"a difference to {slot.name} {known}", f"one to {slot.entry}")
     if part.kind == SAME and not part.payload:
         return {slot.name: old[slot.name] for slot in part.slots}
+    if part.kind != BITS and codec_in(part.payload) == "zstd":  # which expands a thousandfold
+        raise refused(f"a {part.kind} without zstd", "one with it")
     decoded = decode(part.payload)
     places = list(part.places())
     size = places[-1][1] + places[-1][0].numel if places else 0

@@ -15,7 +15,9 @@ from fedtune.nearest import nearest
 
 __all__ = ["CodecSettings"]
 
-NAMES = get_args(get_type_hints(TransportArguments)["codec"])
+HINTS = get_type_hints(TransportArguments)
+FLAGS = {"codec": "codec", "on": "codec_on", "direction": "codec_direction"}
+CHOICES = {name: get_args(HINTS[flag]) for name, flag in FLAGS.items()}
 FOUR_BITS = ("nf4", "fp4")
 EXAMPLE = "Example: include=*lora_A*,min_size=256"
 
@@ -91,8 +93,9 @@ class CodecSettings:
         default = cls().record()
         plain: dict[str, Any] = {name: record.get(name) for name in default}
         wrong = [name for name, value in plain.items() if type(value) is not type(default[name])]
-        if wrong or plain["codec"] not in NAMES:
-            name = (wrong or ["codec"])[0]
+        wrong += [name for name, choices in CHOICES.items() if plain[name] not in choices]
+        if wrong or plain["min_size"] < 1:
+            name = (wrong or ["min_size"])[0]
             raise FrameError(
                 f"codec record: expected `{name}` as --codec and its companions set it, received "
                 f"{plain[name]!r}. Use the same fedtune on both sides."

@@ -54,7 +54,7 @@ def test_sites_train_as_the_clients_of_a_simulation(tmp_path: Path, name: str) -
             assert left[kind] == right[kind]
         assert left["attempt"] == 1
     for site in sites:
-        kept = site.output / f"fedtune_transport-{PLAN.run}-{site.name}" / "residual"
+        kept = site.output / f"_fedtune_transport-{PLAN.run}-{site.name}" / "residual"
         assert kept.exists() == bool(given.get("feedback"))
         if kept.exists():
             theirs = tmp_path / "inline" / site.name / "transport" / "residual"

@@ -149,11 +149,14 @@ def test_up_alone(tmp_path: Path) -> None:
 
 
 def test_down_alone(tmp_path: Path) -> None:
+    """What has become of the parameters that arrived, added to those that were meant."""
     bench = Bench(tmp_path, direction="down")
     for number in range(3):
         (reply,) = bench.ask(draw(number))
         assert_bits(bench.seen[0], bench.believed())
-        assert_bits(named(arrays_of(reply.content)), bench.sent[0])
+        meant, seen, sent = named(draw(number)), bench.seen[0], bench.sent[0]
+        expected = {name: sent[name] + (meant[name] - seen[name]) for name in sent}
+        assert_bits(named(arrays_of(reply.content)), expected)
 
 
 def test_bytes_are_those_of_both_sides(tmp_path: Path) -> None:

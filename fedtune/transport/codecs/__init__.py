@@ -20,6 +20,7 @@ from fedtune.transport.codecs.int8 import Int8Codec
 from fedtune.transport.codecs.nf4 import Nf4Codec
 from fedtune.transport.codecs.none import NoneCodec
 from fedtune.transport.codecs.payload import (
+    CODEC_PLACE,
     DTYPES,
     MAX_DIMENSIONS,
     MAX_SIZE,
@@ -29,7 +30,7 @@ from fedtune.transport.codecs.payload import (
 )
 from fedtune.transport.codecs.zstd import ZstdCodec
 
-__all__ = ["CODECS", "Codec", "decode", "encode"]
+__all__ = ["CODECS", "Codec", "codec_in", "decode", "encode"]
 
 # What `--codec` chooses from.
 CODECS: dict[str, Codec] = {
@@ -74,6 +75,12 @@ def decode(payload: bytes | bytearray | memoryview) -> Tensor:
     if not codec.accepts(dtype):
         raise refused(f"{dtype} under codec none", codec.name)
     return codec.decode(data, dtype, header.numel).reshape(header.shape)
+
+
+def codec_in(payload: bytes | bytearray | memoryview) -> str:
+    """The name of a payload's codec, which is not checked otherwise; empty when there is none."""
+    codec = _BY_NUMBER.get(payload[CODEC_PLACE]) if len(payload) > CODEC_PLACE else None
+    return codec.name if codec else ""
 
 
 def _check_form(tensor: Tensor, name: str) -> None:

@@ -25,6 +25,7 @@ MAGIC, VERSION = b"FTQB", 1
 FIXED = struct.Struct("<4sBI")
 MAX_VALUES = 2**59  # of a tensor; what numpy and torch can count the bytes of
 MAX_INDEX_BYTES = 2**24  # decompressed; 100 bytes a tensor, and some times as much in memory
+MAX_EXPANSION = 256  # of a compressed index; names of tensors come to 60
 
 
 class Slot(NamedTuple):
@@ -72,7 +73,10 @@ def write_bundle(parts: Sequence[Part]) -> bytes:
         ]
         for part in parts
     ]
-    index = zlib.compress(json.dumps(rows).encode(), 9)
+    text = json.dumps(rows).encode()
+    index = zlib.compress(text, 9)
+    if len(text) > MAX_EXPANSION * len(index):
+        index = zlib.compress(text, 0)
     head = FIXED.pack(MAGIC, VERSION, len(index))
     return b"".join([head, index, *(part.payload for part in parts)])
 
@@ -96,7 +100,8 @@ def _read(data: bytes) -> list[Part]:
         raise refused(f"bundle format {VERSION}", f"{version}")
     view, start = memoryview(data), FIXED.size + length
     unpacker = zlib.decompressobj()
-    text = unpacker.decompress(view[FIXED.size : start], MAX_INDEX_BYTES)
+    most = min(MAX_INDEX_BYTES, MAX_EXPANSION * length)
+    text = unpacker.decompress(view[FIXED.size : start], most)
     if not unpacker.eof or unpacker.unused_data:
         raise ValueError("the index is cut off, too long or padded")
     parts = []

@@ -23,7 +23,7 @@ from fedtune.adapters import Entry
 from fedtune.errors import ManifestError
 from fedtune.transport.bits import bit_difference, bit_sum
 from fedtune.transport.bundle import Part, Slot, read_bundle, write_bundle
-from fedtune.transport.codecs import CODECS, codec_in, decode, encode
+from fedtune.transport.codecs import CODECS, encode, opened
 from fedtune.transport.codecs.base import refused
 from fedtune.transport.feedback import feed_back
 from fedtune.transport.messages import ARRAYS
@@ -41,12 +41,12 @@ class Form(NamedTuple):
     """How one tensor is sent.
 
     Attributes:
-        lossy: whether what the codec loses can be made good by the next message.
+        fed_back: whether the next message can make good what the codec loses.
     """
 
     kind: str
     codec: str = "none"
-    lossy: bool = False
+    fed_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def form_of(
     if not tensor.is_floating_point() or not settings.takes(name, tuple(tensor.shape)):
         return Form(VALUE)
     if is_difference or settings.on == "weights":
-        return Form(VALUE, codec, lossy=is_difference)
+        return Form(VALUE, codec, fed_back=is_difference)
     if old is None or Entry.of(old) != Entry.of(tensor):
         return Form(VALUE, "bf16")  # fp16 would lose small values, and refuse large ones
     if tensor.dtype.itemsize <= chosen.item_bytes:
         return Form(BITS, "zstd")
-    return Form(DELTA, codec, lossy=True)
+    return Form(DELTA, codec, fed_back=True)
 
 
 def code(
@@ -108,7 +108,7 @@ def code(
     received: dict[str, Tensor] = {}
     lost = dict(residual or {})
     for form, names in _groups(tensors, forms):
-        fed = residual if form.lossy else None
+        fed = residual if form.fed_back else None
         part, left = _part(form, names, tensors, old, fed)
         parts.append(part)
         received |= _unpacked(part, old)
@@ -204,13 +204,13 @@ def _unpacked(part: Part, old: Tensors) -> dict[str, Tensor]:
             raise refused(f"a difference to {slot.name} {known}", f"one to {slot.entry}")
     if part.kind == SAME and not part.payload:
         return {slot.name: old[slot.name] for slot in part.slots}
-    if part.kind != BITS and codec_in(part.payload) == "zstd":  # which expands a thousandfold
+    encoded, places = opened(part.payload), list(part.places())
+    if part.kind != BITS and encoded.codec == "zstd":  # which expands a thousandfold
         raise refused(f"a {part.kind} without zstd", "one with it")
-    decoded = decode(part.payload)
-    places = list(part.places())
     size = places[-1][1] + places[-1][0].numel if places else 0
-    if tuple(decoded.shape) != (size,):
-        raise refused(f"{size} values", f"{tuple(decoded.shape)}")
+    if encoded.shape != (size,):
+        raise refused(f"{size} values", f"{encoded.shape}")
+    decoded = encoded.values()
     return {
         slot.name: _made(part.kind, _cut(decoded, slot, start), slot, old.get(slot.name))
         for slot, start in places

@@ -270,6 +270,38 @@ def test_an_index_that_unpacks_to_a_gigabyte_is_not_unpacked() -> None:
         read(data)
 
 
+def test_an_index_expands_only_so_far() -> None:
+    """A few kB of it must not become minutes of work."""
+    text = json.dumps([["value", 1, 0, [["a", [0], "float32"]] * 200_000]]).encode()
+    packed = zlib.compress(text, 9)
+    assert len(text) > 300 * len(packed)
+    with pytest.raises(FrameError, match="too long"):
+        read(FIXED.pack(MAGIC, 1, len(packed)) + packed)
+
+
+def test_names_that_compress_better_than_that_come_back() -> None:
+    slots = tuple(Slot("x" * 5000 + str(number), Entry((0,), "float32")) for number in range(20))
+    parts = [Part("same", 1, slots, b"")]
+    assert plain(read(write_bundle(parts))) == plain(parts)
+
+
+@pytest.mark.parametrize("kind", ["value", "bits"])
+def test_a_payload_is_held_against_its_places_before_it_is_expanded(kind: str) -> None:
+    """zstd makes 30 kB of 200 MB of zeros."""
+    zeros = torch.zeros(50_000_000, dtype=torch.int32)
+    part = Part(kind, 1, (Slot("a", Entry((4,), "float32")),), encode(zeros, "zstd"))
+    assert len(part.payload) < 100_000
+    with pytest.raises(FrameError), at_most(1.0):
+        undo(write_bundle([part]), {"a": torch.zeros(4)})
+
+
+def test_long_names_are_cut_in_errors() -> None:
+    part = Part("same", 1, (Slot("x" * 10_000, Entry((4,), "float32")),), b"")
+    with pytest.raises(FrameError) as caught:
+        undo(write_bundle([part]), {})
+    assert len(str(caught.value)) < 600
+
+
 def test_a_padded_index_is_refused() -> None:
     packed = zlib.compress(b"[]") + b"\0"
     with pytest.raises(FrameError, match="padded"):

@@ -78,11 +78,11 @@ def test_any_mixture_in_one_bundle(rows: list[Any], feeds_back: bool) -> None:
         old[name] = (torch.randn(shape, generator=generator) * scale).to(dtype)
         new = old[name] + (torch.randn(shape, generator=generator) * scale).to(dtype)
         tensors[name] = old[name] if kind == SAME else new
-        forms[name] = Form(kind) if kind == SAME else Form(kind, codec, lossy=kind == "delta")
+        forms[name] = Form(kind) if kind == SAME else Form(kind, codec, fed_back=kind == "delta")
     coded = code(tensors, forms, old, residual={} if feeds_back else None)
     assert_bits(undo(coded.data, old), coded.received)
-    lossy = {name for name, form in forms.items() if form.lossy}
-    assert coded.residual.keys() == (lossy if feeds_back else set())
+    fed_back = {name for name, form in forms.items() if form.fed_back}
+    assert coded.residual.keys() == (fed_back if feeds_back else set())
 
 
 def test_tensors_of_one_payload_do_not_keep_each_other_alive() -> None:

@@ -51,7 +51,7 @@ def test_what_is_a_difference_already_is_coded_as_it_is(on: str) -> None:
     settings = settings_of("fp4", on=on)
     for old in (None, F):
         form = form_of("name", F, old, "fp4", settings, is_difference=True)
-        assert form == Form("value", "fp4", lossy=True)
+        assert form == Form("value", "fp4", fed_back=True)
     assert form_of("name", F[0], None, "fp4", settings, is_difference=True) == VALUE
 
 

@@ -6,13 +6,14 @@ Pure: no state, no randomness, arguments stay as they are. Only finite values tr
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import ConfigError, ManifestError
 from fedtune.nearest import nearest
-from fedtune.transport.codecs.base import Codec, magnitude, refused
+from fedtune.transport.codecs.base import Bytes, Codec, magnitude, refused
 from fedtune.transport.codecs.bf16 import Bf16Codec
 from fedtune.transport.codecs.fp4 import Fp4Codec
 from fedtune.transport.codecs.fp16 import Fp16Codec
@@ -20,7 +21,6 @@ from fedtune.transport.codecs.int8 import Int8Codec
 from fedtune.transport.codecs.nf4 import Nf4Codec
 from fedtune.transport.codecs.none import NoneCodec
 from fedtune.transport.codecs.payload import (
-    CODEC_PLACE,
     DTYPES,
     MAX_DIMENSIONS,
     MAX_SIZE,
@@ -30,7 +30,7 @@ from fedtune.transport.codecs.payload import (
 )
 from fedtune.transport.codecs.zstd import ZstdCodec
 
-__all__ = ["CODECS", "Codec", "codec_in", "decode", "encode"]
+__all__ = ["CODECS", "Codec", "Encoded", "decode", "encode", "opened"]
 
 # What `--codec` chooses from.
 CODECS: dict[str, Codec] = {
@@ -68,19 +68,36 @@ def decode(payload: bytes | bytearray | memoryview) -> Tensor:
 
     Raises FrameError on anything but a whole payload of a known codec and version.
     """
+    return opened(payload).values()
+
+
+class Encoded(NamedTuple):
+    """A payload with a good header and checksum: what it says it holds, before that is made.
+
+    Attributes:
+        codec: name of its codec.
+    """
+
+    codec: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: Bytes
+
+    def values(self) -> Tensor:
+        """As `decode` returns them, and raising what it does."""
+        codec = _BY_NAME[self.codec]
+        return codec.decode(self.data, self.dtype, math.prod(self.shape)).reshape(self.shape)
+
+
+def opened(payload: bytes | bytearray | memoryview) -> Encoded:
+    """A payload before it is decoded; raises FrameError as `decode` does."""
     header, data = read_payload(payload)
-    codec, dtype = _BY_NUMBER.get(header.codec), header.dtype
+    codec = _BY_NUMBER.get(header.codec)
     if codec is None:
         raise refused(f"codec 0 to {max(_BY_NUMBER)}", f"{header.codec}")
-    if not codec.accepts(dtype):
-        raise refused(f"{dtype} under codec none", codec.name)
-    return codec.decode(data, dtype, header.numel).reshape(header.shape)
-
-
-def codec_in(payload: bytes | bytearray | memoryview) -> str:
-    """The name of a payload's codec, which is not checked otherwise; empty when there is none."""
-    codec = _BY_NUMBER.get(payload[CODEC_PLACE]) if len(payload) > CODEC_PLACE else None
-    return codec.name if codec else ""
+    if not codec.accepts(header.dtype):
+        raise refused(f"{header.dtype} under codec none", codec.name)
+    return Encoded(codec.name, header.dtype, header.shape, data)
 
 
 def _check_form(tensor: Tensor, name: str) -> None:

@@ -45,6 +45,7 @@ Floats = NDArray[np.float32]
 
 CHUNK = 1 << 16  # values; 256 kB of fp32, which a core's L2 cache holds with its results
 SERIAL = 1 << 15  # values
+MOST_TEXT = 200  # characters
 FLOOR = 2.0**-110  # 7.7e-34: a block without a larger value becomes zeros; 1 / scale stays in fp32
 
 
@@ -99,8 +100,12 @@ def load(data: NDArray[Any], into: Tensor) -> Tensor:
 def refused(
     expected: str, received: str, fix: str = "Use the same fedtune on both sides"
 ) -> FrameError:
-    """The error of bytes that are no payload."""
-    return FrameError(f"payload: expected {expected}, received {received}. {fix}.")
+    """The error of bytes that are no payload; what they say may be long, and is cut."""
+    return FrameError(f"payload: expected {_cut(expected)}, received {_cut(received)}. {fix}.")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
 
 
 def chunks(flat: Tensor, size: int = SERIAL) -> Iterator[Tensor]:

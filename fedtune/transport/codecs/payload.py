@@ -17,11 +17,10 @@ import torch
 
 from fedtune.transport.codecs.base import Bytes, refused
 
-__all__ = ["CODEC_PLACE", "DTYPES", "Header", "read_payload", "write_payload"]
+__all__ = ["DTYPES", "Header", "read_payload", "write_payload"]
 
 MAGIC, VERSION = b"FTQT", 1
 FIXED = struct.Struct("<4s4B")
-CODEC_PLACE = 5  # of the byte that says which codec
 CHECKSUM = struct.Struct("<I")
 MAX_DIMENSIONS = 64  # torch's
 MAX_SIZE = 2**32 - 1  # of one dimension

@@ -23,6 +23,7 @@ from fedtune.strategies.updates import one_line
 from fedtune.transport.codec_grid import CodecGrid
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import (
+    DONE,
     EVALUATE,
     INITIAL,
     TRAIN,
@@ -131,7 +132,7 @@ def serve(connected: Grid, run: ServerRun) -> ServerState:
     state, reason = run.start, "failed"
     try:
         state = _run_all(grid, coded, run, members)
-        reason = "done"
+        reason = DONE
     except RunStopped:
         reason = "stopped"
         raise
@@ -195,11 +196,10 @@ def _plan_task(plan: Plan) -> PlanTask:
 
 def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState:
     message = Message(pack(config={"run": run.plan.run, "round": 0}), member.node, INITIAL)
-    (reply,) = grid.send_and_receive([message])
-    if reply.has_error():
-        raise RoundError(
-            f"{member.name} could not give its adapter: {one_line(reply.error.reason)}"
-        )
+    reply = next(grid.send_and_receive([message]), None)
+    if reply is None or reply.has_error():
+        problem = one_line(reply.error.reason) if reply else "it has left"
+        raise RoundError(f"{member.name} could not give its adapter: {problem}")
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
     check_variants(f"--strategy {name_of(run.method)}", run.method.properties, [*manifest.entries])
     if run.init_adapter is not None:

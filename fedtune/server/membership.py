@@ -226,23 +226,26 @@ class Membership:
         due = node.stage == "refused" and time.monotonic() > node.retry_at
         if node.stage == "new" or due:
             node.stage = "asked"
-            self._push(node, Message(pack(config=self._plan.record()), number, PLAN))
+            self._push(number, node, Message(pack(config=self._plan.record()), number, PLAN))
         elif node.stage == "planned" and self._state is not None:
             # A site with another adapter is asked too: it then says so in its own log, and ends.
             node.stage = "setting up"
             manifest = self._expected(node, self._state.manifest)
             config = {"run": self._plan.run, "manifest": manifest.to_json()}
             content = pack(arrays=self._state.static, config=config)
-            self._push(node, Message(content, number, SETUP))
+            self._push(number, node, Message(content, number, SETUP))
         elif node.stage == "ready" and not node.pending and self._is_lonely(node):
-            self._push(node, Message(pack(config=self._plan.record()), number, PLAN))
+            self._push(number, node, Message(pack(config=self._plan.record()), number, PLAN))
 
     def _is_lonely(self, node: _Node) -> bool:
         """A site that is not sampled for long would give the run up for lost."""
         return self._patient and time.monotonic() - node.seen > self._plan.idle_timeout_s / 4
 
-    def _push(self, node: _Node, message: Message) -> None:
-        (node.pending,) = self._grid.push([message])
+    def _push(self, number: int, node: _Node, message: Message) -> None:
+        sent = self._grid.push([message])
+        node.pending = "".join(sent)
+        if not sent:
+            self._refuse(number, node, "it has left")
 
     def _take(self, number: int, node: _Node, reply: Message) -> None:
         node.pending, node.seen = "", time.monotonic()

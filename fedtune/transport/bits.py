@@ -22,9 +22,18 @@ from torch import Tensor
 from fedtune.errors import ManifestError
 from fedtune.transport.codecs.base import CHUNK, empty
 
-__all__ = ["bit_difference", "bit_sum"]
+__all__ = ["bit_difference", "bit_sum", "same_bits"]
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are alike to the bit: 0.0 is not -0.0, and a NaN is itself."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    integer = INTEGERS.get(left.itemsize, torch.uint8)
+    flats = [tensor.detach().contiguous().view(-1).view(integer) for tensor in (left, right)]
+    return torch.equal(*flats)
 
 
 def bit_difference(new: Tensor, old: Tensor, *, name: str = "tensor") -> Tensor:

@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, RoundError
 from fedtune.transport.codecs.base import refused
 from fedtune.transport.coded_records import (
     RESEND,
@@ -36,7 +36,7 @@ from fedtune.transport.coded_records import (
 )
 from fedtune.transport.coder import Coder
 from fedtune.transport.differences import moved, undo
-from fedtune.transport.grid_base import GridBase
+from fedtune.transport.grid_base import GridBase, push_through
 from fedtune.transport.messages import ARRAYS, EVALUATE, SETUP, TRAIN
 from fedtune.transport.records import count_bytes
 from fedtune.transport.settings import CodecSettings
@@ -48,7 +48,7 @@ __all__ = ["CodecGrid"]
 log = logging.getLogger(__name__)
 
 UNUSABLE = 100  # code of an error of ours; Flower's are below
-MOST_VERSIONS = 64
+MOST_BYTES = 1 << 32  # of tensors that are kept for clients with different histories
 
 
 @dataclass
@@ -60,12 +60,14 @@ class _Flight:
         content: as our caller gave it.
         version: what its receiver has once it has decoded it.
         whole: whether it was sent whole.
+        id: of the message as it left last.
     """
 
     first: Message
     content: RecordDict
     version: Version
     whole: bool
+    id: str = ""
 
 
 class CodecGrid(GridBase):
@@ -133,13 +135,15 @@ class CodecGrid(GridBase):
                 flights[index] = self._coded(message, message.content, held, coder)
                 outgoing[index] = flights[index].first
             elif message.metadata.message_type == SETUP and self._start is not None:
-                message.content = wrap(message.content, None, {VERSION: self._start.name})
+                asked = wrap(message.content, None, {VERSION: self._start.name})
+                outgoing[index] = _addressed(asked, message)
         self.wire.codec_s += coder.seconds
         ids = self._push(outgoing)
         for index, flight in flights.items():
             self._forget_flights(flight.first)
-            self._flights[ids[index]] = flight
-        return ids
+            if (sent_id := ids[index]) is not None:
+                self._flights[sent_id] = replace(flight, id=sent_id)
+        return ids  # type: ignore[return-value]  # as Flower's: None of what has not left
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies that are there, each decoded when it is handed out."""
@@ -153,24 +157,16 @@ class CodecGrid(GridBase):
                 yield reply
             del reply
 
-    def _push(self, messages: list[Message]) -> list[str]:
+    def _push(self, messages: list[Message]) -> list[str | None]:
         for message in messages:
             self.wire.down[message.metadata.dst_node_id] += count_bytes(message.content)
-        return list(self.grid.push_messages(messages))
+        return push_through(self.grid, messages)
 
     def _coded(
         self, message: Message, content: RecordDict, held: Version | None, coder: Coder
     ) -> _Flight:
         wrapped, version = coder.code(content, held)
-        metadata = message.metadata
-        sent = Message(
-            wrapped,
-            metadata.dst_node_id,
-            metadata.message_type,
-            ttl=metadata.ttl,
-            group_id=metadata.group_id,
-        )
-        return _Flight(sent, content, version, whole=held is None)
+        return _Flight(_addressed(wrapped, message), content, version, whole=held is None)
 
     def _forget_flights(self, newer: Message) -> None:
         """Who gets a message of a kind has answered the last one of it, or will not."""
@@ -194,8 +190,11 @@ class CodecGrid(GridBase):
         known_id = self._again.pop(sent_id, sent_id)
         flight = self._flights.pop(known_id, None)
         if flight is None:
-            self._greet(reply)
+            self._note_first(reply)
             return reply
+        if sent_id != flight.id:  # what it answers has been sent again since
+            self._flights[known_id] = flight
+            return None
         node = flight.first.metadata.dst_node_id
         if reply.has_error():
             self._held.pop(node, None)
@@ -217,8 +216,8 @@ class CodecGrid(GridBase):
         self._hold(node, flight.version)
         return Message(content, reply_to=flight.first)
 
-    def _greet(self, reply: Message) -> None:
-        """Note who has the first parameters."""
+    def _note_first(self, reply: Message) -> None:
+        """Who has the first parameters says so in the answer to its set-up."""
         if reply.has_content() and facts_of(reply.content):
             if self._start and facts_of(reply.content).get(VERSION) == self._start.name:
                 self._hold(reply.metadata.src_node_id, self._start)
@@ -239,16 +238,34 @@ class CodecGrid(GridBase):
         whole = self._coded(flight.first, flight.content, None, coder)
         self.wire.codec_s += coder.seconds
         (sent_id,) = self._push([whole.first])
+        if sent_id is None:
+            raise RoundError("expected the node to wait for what it had asked for, it has left.")
         self._again[sent_id] = known_id
-        self._flights[known_id] = replace(whole, first=flight.first)
+        self._flights[known_id] = replace(whole, first=flight.first, id=sent_id)
 
     def _hold(self, node: int, version: Version) -> None:
         if not version.name:  # nothing is sent as a difference
             return
         self._held.pop(node, None)
         self._held[node] = version
-        while len({held.name for held in self._held.values()}) > MOST_VERSIONS:
+        while len(self._held) > 1 and self._kept_bytes() > MOST_BYTES:
             del self._held[next(iter(self._held))]
+
+    def _kept_bytes(self) -> int:
+        different = {version.name: version.nbytes for version in self._held.values()}
+        return sum(different.values())
+
+
+def _addressed(content: RecordDict, like: Message) -> Message:
+    """To whom, and as what, `like` goes."""
+    metadata = like.metadata
+    return Message(
+        content,
+        metadata.dst_node_id,
+        metadata.message_type,
+        ttl=metadata.ttl,
+        group_id=metadata.group_id,
+    )
 
 
 def _seconds_in(content: RecordDict) -> float:

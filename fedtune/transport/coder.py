@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 from flwr.app import ArrayRecord, RecordDict
-from torch import Tensor, equal
+from torch import Tensor
 
+from fedtune.transport.bits import same_bits
 from fedtune.transport.coded_records import OLD, SEPARATOR, VERSION, as_record, join, wrap
 from fedtune.transport.differences import SAME, Form, code, form_of
 from fedtune.transport.messages import BASE
@@ -54,7 +55,7 @@ class Coder:
         return as_record(coded.data), Version.of(received, {**known.meant, **tensors})
 
     def _form(self, name: str, tensor: Tensor, known: Version) -> Form:
-        if name in known.meant and equal(known.meant[name], tensor):
+        if name in known.meant and same_bits(known.meant[name], tensor):
             return Form(SAME)
         # What is added to the base is its own product, whose factors are new each time.
         unlike = self._refactors or name.startswith(BASE + SEPARATOR)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.transport.grid_base import POLL_INTERVAL_S, replies_to
+from fedtune.transport.grid_base import POLL_INTERVAL_S, push_through, replies_to
 from fedtune.transport.records import count_bytes
 from fedtune.transport.traffic import Meter, Traffic
 
@@ -44,14 +44,19 @@ class EagerGrid:
         return sorted(self.grid.get_node_ids())
 
     def push(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages without waiting for a reply; returns their ids."""
+        """Send messages without waiting for a reply; returns the ids of those that have left.
+
+        Raises:
+            RoundError: they were not taken.
+        """
         outgoing = list(messages)
-        for message in outgoing:
-            self._raw.down[message.metadata.dst_node_id] += count_bytes(message.content)
-        ids = list(self.grid.push_messages(outgoing))
         nodes = [message.metadata.dst_node_id for message in outgoing]
-        self._asked.update(zip(ids, nodes, strict=True))
-        return ids
+        for node, message in zip(nodes, outgoing, strict=True):
+            self._raw.down[node] += count_bytes(message.content)
+        ids = push_through(self.grid, outgoing)
+        asked = {sent: node for sent, node in zip(ids, nodes, strict=True) if sent is not None}
+        self._asked |= asked
+        return list(asked)
 
     @property
     def traffic(self) -> Traffic:
@@ -65,26 +70,38 @@ class EagerGrid:
 
     def pull(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies that are there by now; each is let go of before the next is handed out."""
-        wanted, started = set(message_ids), time.monotonic()
+        wanted = set(message_ids)
         missing = wanted - {message.metadata.reply_to_message_id for message in self._inbox}
-        self._inbox.extend(self.grid.pull_messages(missing) if missing else ())
-        self.wait_s += time.monotonic() - started
-        while (index := self._next(wanted)) is not None:
-            if self._inbox[index].has_content():
-                reply = self._inbox[index]
-                self._raw.up[self.node_of(reply)] += count_bytes(reply.content)
+        arriving = iter(self.grid.pull_messages(missing) if missing else ())
+        try:
+            while (reply := self._next(wanted, arriving)) is not None:
+                if reply.has_content():
+                    self._raw.up[self.node_of(reply)] += count_bytes(reply.content)
+                message_id = reply.metadata.reply_to_message_id
+                yield reply
                 del reply
-            message_id = self._inbox[index].metadata.reply_to_message_id
-            yield self._inbox.pop(index)
-            self._asked.pop(message_id, None)
+                self._asked.pop(message_id, None)
+        finally:
+            self._inbox.extend(arriving)  # who stops early finds them the next time
 
-    def _next(self, wanted: set[str]) -> int | None:
+    def _next(self, wanted: set[str], arriving: Iterator[Message]) -> Message | None:
         """The first reply that is wanted, or that answers no open message: nobody will ask."""
-        for index, reply in enumerate(self._inbox):
-            message_id = reply.metadata.reply_to_message_id
-            if message_id in wanted or message_id not in self._asked:
-                return index
+        for index, kept in enumerate(self._inbox):
+            if self._is_due(kept, wanted):
+                return self._inbox.pop(index)
+        started = time.monotonic()
+        try:
+            for reply in arriving:
+                if self._is_due(reply, wanted):
+                    return reply
+                self._inbox.append(reply)
+        finally:
+            self.wait_s += time.monotonic() - started
         return None
+
+    def _is_due(self, reply: Message, wanted: set[str]) -> bool:
+        message_id = reply.metadata.reply_to_message_id
+        return message_id in wanted or message_id not in self._asked
 
     def pause(self) -> None:
         """Wait until the next look."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-__all__ = ["POLL_INTERVAL_S", "GridBase", "replies_to"]
+from fedtune.errors import RoundError
+from fedtune.transport.records import count_bytes
+
+__all__ = ["POLL_INTERVAL_S", "GridBase", "push_through", "replies_to"]
 
 POLL_INTERVAL_S = 0.05
 
@@ -31,8 +34,24 @@ class GridBase(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
         """Push, then yield replies as they come, until all are there or time is up."""
-        pending = set(self.push_messages(messages))
+        pending = {sent for sent in self.push_messages(messages) if sent is not None}
         yield from replies_to(pending, self.pull_messages, timeout=timeout)
+
+
+def push_through(grid: Grid, messages: Sequence[Message]) -> list[str | None]:
+    """The id of each message, None of one to a node that has left.
+
+    Raises:
+        RoundError: they were not taken.
+    """
+    ids: list[str | None] = list(grid.push_messages(messages))
+    if len(ids) != len(messages):
+        size = sum(count_bytes(message.content) for message in messages) / 1e6
+        raise RoundError(
+            f"server: expected the SuperLink to take {len(messages)} messages of {size:.1f} MB, it "
+            f"took {len(ids)}. Train fewer parameters, or send fewer bytes of each: --codec int8."
+        )
+    return ids
 
 
 def replies_to(

@@ -26,6 +26,7 @@ __all__ = [
     "ARRAYS",
     "BASE",
     "CONTROL",
+    "DONE",
     "EVALUATE",
     "FINISH",
     "INITIAL",
@@ -43,6 +44,7 @@ __all__ = [
 PLAN, INITIAL, SETUP = "query.plan", "query.initial", "query.setup"
 TRAIN, EVALUATE, FINISH = "train", "evaluate", "query.finish"
 ARRAYS, CONTROL, BASE = "arrays", "control", "base"
+DONE = "done"  # why a run is over that went well
 
 
 @dataclass(frozen=True)

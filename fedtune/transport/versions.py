@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Version:
     def of(cls, received: Mapping[str, Tensor], meant: Mapping[str, Tensor]) -> Version:
         """Named by its content."""
         return cls(fingerprint(received), received, meant)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of both; what they share with other versions counts too."""
+        return sum(t.nbytes for t in (*self.received.values(), *self.meant.values()))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.adapters import Entry, Manifest
+from fedtune.engines.inline import InlineGrid
 from fedtune.errors import RoundError
 from fedtune.server import membership
 from fedtune.server.app import ServerRun
@@ -183,6 +184,41 @@ def test_who_refused_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     run.join_timeout_s = 20.0
     result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
     assert sites.asked.count(("client-1", "query.plan")) == 3
+
+
+def test_who_leaves_before_it_is_asked_is_asked_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flower has no id for a message to a node that it has just lost."""
+    monkeypatch.setattr(membership, "RETRY_S", 0.05)
+    monkeypatch.setattr(ScriptedGrid, "push_messages", _without("query.plan"))
+    sites = Deployment()
+    run = deployed(2, num_rounds=1)
+    run.join_timeout_s = 20.0
+    result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
+    assert {name for name, _ in trained(sites)} == {"client-0", "client-1"}
+
+
+def test_who_leaves_before_it_gives_its_adapter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedGrid, "push_messages", _without("query.initial"))
+    run = deployed(2, num_rounds=1)
+    with pytest.raises(RoundError, match="client-0 could not give its adapter: it has left"):
+        result_of(serve_sites(run, Deployment(), lambda done: [0, 1], nodes=2))
+
+
+def _without(kind: str) -> Callable[..., Iterable[str]]:
+    """The first message of this kind finds no node."""
+    push, lost = InlineGrid.push_messages, []
+
+    def push_messages(grid: InlineGrid, messages: Iterable[Message]) -> Iterable[Any]:
+        for message in messages:
+            if message.metadata.message_type == kind and not lost:
+                lost.append(message)
+                yield None
+            else:
+                yield from push(grid, [message])
+
+    return push_messages
 
 
 def test_a_site_with_another_adapter_does_not_take_part() -> None:

@@ -10,10 +10,10 @@ import torch
 from flwr.app import Message, RecordDict
 
 from fedtune.transport.coded_records import bytes_in, join
-from fedtune.transport.messages import TRAIN, arrays_of, pack
+from fedtune.transport.messages import SETUP, TRAIN, arrays_of, pack
 from fedtune.transport.records import count_bytes, to_arrays
 from tests.federation.scripted import in_a_task
-from tests.transport.coded import SHAPES, Bench, added, draw, moved, named, task
+from tests.transport.coded import MANIFEST, SHAPES, Bench, added, draw, moved, named, task
 from tests.transport.tensors import LOSSY, assert_bits, block_bound
 
 
@@ -84,6 +84,14 @@ def test_narrow_tensors_travel_without_loss(tmp_path: Path, codec: str) -> None:
         (reply,) = bench.ask(params)
         assert_bits(bench.seen[0], named(params))
         assert_bits(named(arrays_of(reply.content)), bench.sent[0])
+
+
+def test_a_zero_that_changes_its_sign_travels(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, codec="bf16")
+    zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
+    bench.ask(zeros)
+    bench.ask({name: -tensor for name, tensor in zeros.items()})
+    assert all(torch.signbit(tensor).all() for tensor in bench.seen[0].values())
 
 
 def test_the_error_of_a_message_is_in_the_next_difference(tmp_path: Path) -> None:
@@ -217,10 +225,14 @@ def test_seconds_of_a_client_that_are_none_do_not_count(tmp_path: Path, lie: obj
     assert 0 < bench.grid.traffic.codec_s < 60
 
 
-def test_nothing_that_it_was_given_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [TRAIN, SETUP])
+def test_nothing_that_it_was_given_changes(tmp_path: Path, kind: str) -> None:
     bench = Bench(tmp_path)
-    content = pack(arrays=to_arrays(draw(1)), config=task(1).record())
-    before = dict(content), join(content)
-    list(bench.grid.send_and_receive([Message(content, bench.nodes[0], TRAIN)]))
+    bench.coded.begin(draw(1))
+    facts = {**task(1).record(), "manifest": MANIFEST.to_json()}
+    content = pack(arrays=to_arrays(draw(1)), config=facts)
+    before, message = (dict(content), join(content)), Message(content, bench.nodes[0], kind)
+    bench.grid.push([message])
+    assert message.content is content
     assert dict(content) == before[0]
     assert_bits(join(content), before[1])

@@ -70,7 +70,8 @@ def test_only_so_many_histories_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     """Whose is forgotten gets a whole message: of four, asked one by one, the first two."""
-    monkeypatch.setattr(codec_grid, "MOST_VERSIONS", 2)
+    each = 2 * sum(tensor.nbytes for tensor in draw(0).values())  # what they have, and should have
+    monkeypatch.setattr(codec_grid, "MOST_BYTES", 3 * each - 1)
     bench = Bench(tmp_path, 4)
     for number, node in enumerate(bench.nodes):
         bench.ask(draw(number), nodes=[node])
@@ -79,6 +80,13 @@ def test_only_so_many_histories_are_kept(
     assert all(reply.has_content() for reply in bench.ask(draw(5)))
     assert bench.wholes() == [True, True, False, False]
     assert len(calls) == 4 + 3
+
+
+def test_one_history_is_always_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec_grid, "MOST_BYTES", 0)
+    bench = Bench(tmp_path, 2)
+    bench.ask(draw(1))
+    assert bench.coded._held.keys() == {bench.nodes[1]}
 
 
 def test_messages_of_other_kinds_pass(tmp_path: Path) -> None:

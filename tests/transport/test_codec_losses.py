@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedtune.transport.coded_records import OLD, facts_of, resend
+from fedtune.errors import RoundError
+from fedtune.transport.coded_records import OLD, RESEND, facts_of, resend
 from fedtune.transport.messages import EVALUATE, TRAIN, arrays_of, pack
 from tests.federation.scripted import in_a_task
 from tests.transport.coded import Bench, draw, task
@@ -150,6 +151,66 @@ def test_a_reply_that_comes_twice(bench: Bench) -> None:
     assert [len(arrays_of(reply.content)) for reply in replies] == [4, 0, 4, 0]
     assert not any(facts_of(reply.content) for reply in replies)
     bench.network.deliver = lambda reply: [reply]
+    bench.assert_goes_on()
+
+
+def test_a_wish_for_a_whole_message_that_comes_twice(bench: Bench) -> None:
+    """It is sent once, and what answers it is the answer."""
+    bench.forget(1)
+    bench.network.deliver = lambda reply: [reply] * (2 if RESEND in reply.content else 1)
+    bench.wholes()
+    bench.assert_right(bench.ask(draw(2)), 2)
+    assert bench.wholes() == [False, False, True]
+    bench.network.deliver = lambda reply: [reply]
+    bench.assert_goes_on()
+
+
+def test_a_node_that_has_left_is_sent_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower then has no id for its message."""
+    push = bench.network.push_messages
+    gone = bench.nodes[0]
+
+    def without_one(messages: Iterable[Message]) -> Iterable[str]:
+        outgoing = list(messages)
+        ids = iter(push([m for m in outgoing if m.metadata.dst_node_id != gone]))
+        return [None if m.metadata.dst_node_id == gone else next(ids) for m in outgoing]  # type: ignore[misc]
+
+    monkeypatch.setattr(bench.network, "push_messages", without_one)
+    replies = bench.ask(draw(2))
+    assert [bench.grid.node_of(reply) for reply in replies] == bench.nodes[1:]
+    monkeypatch.undo()
+    bench.assert_goes_on()
+
+
+def test_a_node_that_has_left_when_it_gets_all_has_failed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.forget(1)
+    push = bench.network.push_messages
+
+    def none_of_the_whole(messages: Iterable[Message]) -> Iterable[str]:
+        outgoing = list(messages)
+        whole = facts_of(outgoing[0].content)[OLD] == ""
+        return [None] if whole else push(outgoing)  # type: ignore[list-item]
+
+    monkeypatch.setattr(bench.network, "push_messages", none_of_the_whole)
+    first, second = bench.ask(draw(2))
+    assert first.has_content()
+    assert "it has left" in second.error.reason
+    monkeypatch.undo()
+    bench.assert_goes_on(whole=1)
+
+
+def test_messages_that_are_too_large_end_the_round(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower returns no ids then."""
+    monkeypatch.setattr(bench.network, "push_messages", lambda messages: [])
+    with pytest.raises(RoundError, match=r"take 2 messages of 0\.0 MB, it took 0\. Train fewer"):
+        bench.ask(draw(2))
+    monkeypatch.undo()
     bench.assert_goes_on()
 
 

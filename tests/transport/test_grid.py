@@ -143,6 +143,41 @@ def test_replies_that_came_in_time_are_kept_when_others_do_not() -> None:
     assert [reply.metadata.src_node_id for reply in replies] == [2, 4]
 
 
+class Lazy(InlineGrid):
+    """Makes each reply when it is asked for."""
+
+    made = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = [
+            reply for sent in message_ids for reply in super(Lazy, self).pull_messages([sent])
+        ]
+        for reply in replies:
+            self.made += 1
+            yield reply
+
+
+def test_replies_that_are_there_are_decoded_one_by_one() -> None:
+    with in_a_task():
+        lazy = Lazy(echo(), 5)
+        grid = EagerGrid(lazy)
+        ids = grid.push(asks(grid))
+        counts = [lazy.made for _ in grid.pull(ids)]
+    assert counts == [1, 2, 3, 4, 5]
+
+
+def test_who_stops_early_finds_the_others_later() -> None:
+    with in_a_task():
+        grid = EagerGrid(Lazy(echo(), 5))
+        ids = grid.push(asks(grid))
+        pulled = grid.pull(ids)
+        first = next(pulled)
+        pulled.close()  # type: ignore[attr-defined]
+        others = list(grid.pull(ids))
+    nodes = [grid.node_of(reply) for reply in (first, *others)]
+    assert sorted(nodes) == grid.get_node_ids()
+
+
 def test_nothing_to_send_is_nothing_to_wait_for() -> None:
     with in_a_task():
         assert list(EagerGrid(InlineGrid(echo(), 3)).send_and_receive([])) == []

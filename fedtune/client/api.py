@@ -201,7 +201,7 @@ class _Client:
         if answer is not None:
             request.reply(answer)
         if self._reason:
-            self.session.end(f"the run is over at this site ({self._reason})")
+            self.session.finish(self._reason)
 
     def _answer(self, request: Request) -> RecordDict | None:
         client, content = self._plan.client, request.content
@@ -230,7 +230,7 @@ class _Client:
                 self._next = request
                 return None
             case messages.FINISH:
-                self._reason = str(config_of(content).get("reason", "done"))
+                self._reason = str(config_of(content).get("reason", messages.DONE))
                 return replies.finished(client)
         raise RoundError(f"{client}: expected a round, received {request.kind!r}.")
 

@@ -10,6 +10,7 @@ goes on where the last one was. What is not on disk costs one whole message.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -99,6 +100,10 @@ class CodecLink:
         answer.seconds = time.perf_counter() - started
         return Opened(opened, answer.seal)
 
+    def forget(self) -> None:
+        """Delete all: the run is over."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def _greet(self, setup: RecordDict, reply: RecordDict) -> RecordDict:
         """Say whether the run's first parameters are in the model already, and keep them."""
         name, own = str(facts_of(setup).get(VERSION)), self._own()
@@ -120,7 +125,7 @@ class CodecLink:
         """Keep a version beside the one before; whether it is what its name says."""
         if fingerprint(tensors) != name:
             return False
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = self._file(name)
         if name != old:  # else it was read just now
             write_bytes(file, save({key: tensor.contiguous() for key, tensor in tensors.items()}))

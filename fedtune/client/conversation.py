@@ -72,7 +72,7 @@ class Conversation:
         """The run is over at this site."""
         self.tell("over", reason=reason)
         if self._session is not None:
-            self._session.end(f"the run is over at this site ({reason})")
+            self._session.finish(reason)
 
     def close(self, reason: str) -> None:
         """Free the session; what the server waits for is refused with `reason`."""

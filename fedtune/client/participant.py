@@ -266,7 +266,7 @@ class Participant:
                 return None
             case messages.FINISH:
                 self._final = site.last(content)
-                self._reason = str(config_of(content).get("reason", "done"))
+                self._reason = str(config_of(content).get("reason", messages.DONE))
                 return None
         raise RoundError(
             f"{self.plan.client}: expected a known request, received {frame.kind!r}. Use the same "

@@ -36,7 +36,7 @@ class RoundFiles:
         self, server_round: int, tensors: Mapping[str, Tensor], still_needed: Iterable[int]
     ) -> None:
         """Keep the state after a round, and of earlier rounds those still needed."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_bytes(self.file(server_round), save(whole))
         wanted = {self.file(number) for number in (*still_needed, server_round)}

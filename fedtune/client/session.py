@@ -28,6 +28,7 @@ from fedtune.files import write_bytes
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.frames import MAX_FRAME_BYTES, Frame, decode, encode, request_key
 from fedtune.transport.coded_records import resend
+from fedtune.transport.messages import DONE
 
 __all__ = ["PING", "Request", "Session"]
 
@@ -164,6 +165,12 @@ class Session:
             unanswered = [request for request in self._requests.values() if not request.answered]
         for request in unanswered:
             request.fail(reason)
+
+    def finish(self, reason: str) -> None:
+        """The run is over at this site; one that was not done may be resumed."""
+        if reason == DONE:
+            self._link.forget()
+        self.end(f"the run is over at this site ({reason})")
 
     def close(self, reason: str = "the site's trainer has ended") -> None:
         """Refuse what is unanswered with `reason`, let peers read it, and free the folder."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from fedtune.client.app import client_app
+from fedtune.client.codec_link import CodecLink
 from fedtune.engines.inline import run_inline
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState
@@ -42,8 +43,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sites_train_as_the_clients_of_a_simulation(tmp_path: Path, name: str) -> None:
+def test_sites_train_as_the_clients_of_a_simulation(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With what each of them has lost and keeps for the next round."""
+    monkeypatch.setattr(CodecLink, "forget", lambda link: None)
     method, codec, given = SETTINGS[name]
     expected = inline(tmp_path / "inline", coded(method, codec, **given))
     run = coded(method, codec, **given)
@@ -62,6 +66,13 @@ def test_sites_train_as_the_clients_of_a_simulation(tmp_path: Path, name: str) -
             left, right = load_file(kept / file), load_file(theirs / file)
             assert left.keys() == right.keys()
             assert all(left[key].equal(right[key]) for key in left)
+
+
+def test_nothing_is_left_of_a_run_that_is_done(tmp_path: Path) -> None:
+    _, sites = federate_sites(coded("fedavg", "nf4", feedback=True), tmp_path, site_trainer)
+    for site in sites:
+        assert site.output.is_dir()
+        assert not list(site.output.glob("_fedtune_transport*"))
 
 
 class Script:

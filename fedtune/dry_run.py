@@ -11,7 +11,8 @@ from fedtune.client.worker import Worker
 from fedtune.config import Arguments, sampled_clients
 from fedtune.data import format_table
 from fedtune.prepare import Prepared, steps_per_client
-from fedtune.strategies import strategy_of
+from fedtune.strategies import Method, strategy_of
+from fedtune.transport.codec_grid import MOST_BYTES
 from fedtune.transport.settings import CodecSettings
 
 __all__ = ["describe_run"]
@@ -29,12 +30,15 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
     sent = {name: worker.manifest_of(name).bytes for name in worker.train}
     once = sum(value.numel() * value.element_size() for value in static.values())
     values = sum(value.numel() for value in params.values())
-    properties = strategy_of(federation).properties
+    method = strategy_of(federation)
+    properties = method.properties
     codec = CodecSettings.of(args.transport, refactors=properties.refactors)
     manifests = [worker.manifest_of(name) for name in worker.train]
-    traffic = _traffic(codec, manifests, sampled, properties.refactors)
-    about = "" if codec.codec == "none" else "about "
-    of_raw = f" ({100 * traffic.round / traffic.raw:.0f} % of raw)" if about else ""
+    traffic = _traffic(codec, manifests, sampled, method)
+    coded = codec.codec != "none"
+    about = "at least " if properties.changes_base else "about " if coded else ""
+    of_raw = f" ({100 * traffic.round / traffic.raw:.0f} % of raw)" if coded else ""
+    kept = _kept(codec, sum(sent.values()) / len(sent), 1 if sampled == len(steps) else len(steps))
     fewest, most = min(steps), max(steps)
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     sizes = sorted({f"{size / 1e6:.3f}" for size in sent.values()}, key=float)
@@ -43,21 +47,24 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
         **({"ranks": _ranks(worker, sent)} if args.adapter.ranks else {}),
         "travels": f"{len(params)} tensors, {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MB"
         + (f"; once {once / 1e6:.3f} MB" if once else "")
+        + ("; as much again for control variates" if method.has_control else "")
         + ("; down also what the method has added to the base" if properties.changes_base else ""),
-        **({"codec": _codec(codec, worker.manifest)} if about else {}),
+        **({"codec": _codec(codec, worker.manifest)} if coded else {}),
         "per round": f"{sampled} of {len(steps)} clients, {each} steps each, "
         f"{about}{traffic.round:.3f} MB in both directions{of_raw}",
         "whole run": f"{federation.num_rounds} rounds, {len(args.seeds)} seed(s), "
         f"{federation.num_rounds * sum(steps) * sampled // len(steps):,} steps and "
         f"{about}{federation.num_rounds * traffic.round:.2f} MB a seed",
         "memory": f"base model {prepared.model_bytes / 1e6:.1f} MB a process, one client's Adam "
-        f"{8 * values / 1e6:.2f} MB, server sum {16 * values / 1e6:.2f} MB; activations extra",
+        f"{8 * values / 1e6:.2f} MB, server sum {16 * values / 1e6:.2f} MB"
+        + (f" and what clients have {kept / 1e6:.2f} MB" if kept else "")
+        + "; activations extra",
     }
     table = [format_table(prepared.clients)]
     return "\n".join(table + [f"{name:<10} {text}" for name, text in lines.items()])
 
 
-class Traffic(NamedTuple):
+class Estimate(NamedTuple):
     """Estimates in MB of a round, of all clients and both directions."""
 
     round: float
@@ -65,15 +72,21 @@ class Traffic(NamedTuple):
 
 
 def _traffic(
-    codec: CodecSettings, manifests: Sequence[Manifest], sampled: int, refactors: bool
-) -> Traffic:
+    codec: CodecSettings, manifests: Sequence[Manifest], sampled: int, method: Method
+) -> Estimate:
     def mean_mb(kind: str) -> float:
         return sum(_coded(manifest, codec, kind) for manifest in manifests) / len(manifests) / 1e6
 
     # New factors are no small difference to the old ones: 16 bits travel.
-    whole = refactors and codec.on == "delta" and codec.down != "none"
+    whole = method.properties.refactors and codec.on == "delta" and codec.down != "none"
     down = "bf16" if whole else codec.down
-    return Traffic(sampled * (mean_mb(codec.up) + mean_mb(down)), 2 * sampled * mean_mb("none"))
+    count = sampled * (2 if method.has_control else 1)
+    return Estimate(count * (mean_mb(codec.up) + mean_mb(down)), 2 * count * mean_mb("none"))
+
+
+def _kept(codec: CodecSettings, size: float, histories: int) -> float:
+    """Most bytes at the server of what clients have and were meant to have."""
+    return 0 if codec.down == "none" else min(2 * size * histories, max(MOST_BYTES, 2 * size))
 
 
 def _coded(manifest: Manifest, codec: CodecSettings, kind: str) -> float:

@@ -60,6 +60,22 @@ def test_dry_run_with_a_codec(run):
     assert f"about {mb / 2 * (1 + 1.016 / 4):.3f} MB in both directions (63 % of raw)" in out
 
 
+def test_dry_run_tells_what_a_method_sends_and_a_server_keeps(run):
+    """Control variates, both ways; two versions of an adapter, of each client that differs."""
+    plain = run("--dry_run").out
+    mb = float(plain.split(" MB in both directions")[0].split()[-1])
+    assert "what clients have" not in plain
+    out = run("--dry_run", "--strategy", "scaffold").out
+    assert "as much again for control variates" in out
+    assert f"{2 * mb:.3f} MB in both directions" in out
+    out = run("--dry_run", "--codec", "int8").out
+    assert f"and what clients have {2 * mb / 4:.2f} MB; activations" in out
+    half = ("--fraction_train", "0.5")
+    out = run("--dry_run", "--codec", "int8", *half).out
+    assert f"and what clients have {4 * mb / 4:.2f} MB; activations" in out
+    assert "at least " in run("--dry_run", "--strategy", "flora").out
+
+
 def test_a_second_run(run, tmp_path):
     """Refused; then resumed, which has nothing left to do; then replaced."""
     run()

@@ -144,13 +144,15 @@ def compare_curves(summaries: Sequence[Summary]) -> list[Curve]:
 
 
 def _compare_labels(summaries: Sequence[Summary]) -> list[str]:
-    """`directory (strategy, codec)`: only what differs."""
+    """`directory (strategy, codec)`: only what differs and is not the directory's name."""
     facts = [(summary.setting("strategy"), summary.setting("codec")) for summary in summaries]
     told = [len(set(column)) > 1 for column in zip(*facts, strict=True)]
     labels = []
     for name, fact in zip(run_names(summaries), facts, strict=True):
         known = ", ".join(
-            value for value, differs in zip(fact, told, strict=True) if differs and value
+            value
+            for value, differs in zip(fact, told, strict=True)
+            if differs and value not in (None, name)
         )
         labels.append(f"{name} ({known})" if known else name)
     return labels

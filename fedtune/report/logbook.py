@@ -25,7 +25,7 @@ def rounds_section(summary: Summary, rounds: Sequence[RoundRow], seed: str | Non
     residual = any(row.residual is not None for row in rounds)
     parts = list(dict.fromkeys(part for row in rounds for part in row.time_split))
     heads = ["Round", "#Loss", "#Replies", "#Refused", "#Update norm", "#Client drift"]
-    heads += [*(["#Residual"] if residual else []), *(f"#{part} s" for part in parts)]
+    heads += [*(["#Residual"] if residual else []), *(f"#{part}" for part in parts)]
     rows = []
     for row in rounds:
         values = [

@@ -50,6 +50,7 @@ STYLE: Any = {
     "ytick.major.size": 0,
 }
 WIDTH_IN, DPI = 9.6, 200  # 1920 px: sharp when shown at 900
+SAME = 0.01  # of a line's height: nearer lines cannot be told apart
 DRAFT_DPI = 100  # while labels are placed; positions are in points and so hold at any DPI
 
 
@@ -146,8 +147,8 @@ def _draw(
 ) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    for curve in reversed(curves):
-        _draw_curve(axes, curve)
+    for index, curve in reversed(list(enumerate(curves))):
+        _draw_curve(axes, curve, sum(_alike(curve, other) for other in curves[:index]))
     axes.margins(x=0.0, y=0.09)
     axes.set_xlabel(x_title)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -157,7 +158,16 @@ def _draw(
     _end_labels(axes, curves, y_text)
 
 
-def _draw_curve(axes: Axes, curve: Curve) -> None:
+def _alike(curve: Curve, other: Curve) -> bool:
+    """Whether one would hide the other."""
+    here, there = _floats(curve.y), _floats(other.y)
+    near = SAME * (max(there, default=0.0) - min(there, default=0.0))
+    pairs = zip(here, there, strict=False)
+    return len(here) == len(there) and all(abs(a - b) <= near for a, b in pairs)
+
+
+def _draw_curve(axes: Axes, curve: Curve, above: int) -> None:
+    """`above`: how many lines it lies on; it is drawn over them in dashes that leave them gaps."""
     color = PALETTE[curve.tone][0]
     size = min(len(curve.x), len(curve.y))
     x, y = _floats(curve.x[:size]), _floats(curve.y[:size])
@@ -171,13 +181,13 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
         y,
         color=color,
         linewidth=2.4 if ours else 1.7,
-        linestyle=(0, (4, 3)) if curve.dashed else "-",
-        marker="o" if size <= 40 and not curve.dashed else "",
+        linestyle=(0, (4, 3)) if curve.dashed else (4 * above, (4, 8)) if above else "-",
+        marker="o" if size <= 40 and not curve.dashed and not above else "",
         markersize=4.2,
         markeredgecolor="white",
         markeredgewidth=0.8,
         clip_on=False,
-        zorder=3 if ours else 2,
+        zorder=4 if above else 3 if ours else 2,
     )
 
 

@@ -16,9 +16,9 @@ __all__ = [
     "Series",
     "Spread",
     "Summary",
-    "Traffic",
     "Values",
     "Verdict",
+    "WireBytes",
     "final",
     "last",
 ]
@@ -147,7 +147,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class WireBytes:
     """Bytes on the wire, and of the same records without a codec."""
 
     up: float | None = None
@@ -186,4 +186,4 @@ class RoundRow:
     time_split: Mapping[str, float] = field(default_factory=dict)
     bytes_up: float | None = None
     bytes_down: float | None = None
-    clients: Mapping[str, Traffic] = field(default_factory=dict)
+    clients: Mapping[str, WireBytes] = field(default_factory=dict)

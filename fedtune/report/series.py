@@ -25,8 +25,8 @@ from fedtune.report.records import (
     Series,
     Spread,
     Summary,
-    Traffic,
     Verdict,
+    WireBytes,
     last,
 )
 
@@ -198,9 +198,9 @@ def _round(raw: Mapping[str, Any]) -> RoundRow:
     )
 
 
-def _traffic(raw: Mapping[str, Any]) -> Traffic:
+def _traffic(raw: Mapping[str, Any]) -> WireBytes:
     names = ("bytes_up", "bytes_down", "bytes_up_raw", "bytes_down_raw")
-    return Traffic(*(number(raw.get(name)) for name in names))
+    return WireBytes(*(number(raw.get(name)) for name in names))
 
 
 def _count(value: object) -> int | None:

@@ -50,13 +50,19 @@ def traffic_table(summaries: Sequence[Summary]) -> str:
             (
                 name,
                 codec_of(summary) or "none",
-                f"{text.megabytes(traffic.up_raw)} -> {text.megabytes(traffic.up)}",
-                f"{text.megabytes(traffic.down_raw)} -> {text.megabytes(traffic.down)}",
+                _less(traffic.up_raw, traffic.up),
+                _less(traffic.down_raw, traffic.down),
                 of_raw(traffic.sent, traffic.raw),
                 text.loss(final(summary.federated.mean.eval_loss)),
             )
         )
     return _aligned(rows)
+
+
+def _less(raw: float | None, sent: float | None) -> str:
+    """`2.77 -> 0.35`."""
+    words = (text.megabytes(raw), text.megabytes(sent))
+    return " -> ".join(dict.fromkeys(words))
 
 
 def verdict_lines(summary: Summary) -> list[str]:

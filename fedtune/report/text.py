@@ -45,11 +45,11 @@ def tick(value: float, ticks: Sequence[float]) -> str:
 
 
 def megabytes(value: float | None) -> str:
-    """Bytes as MB (10^6), without a unit."""
+    """Bytes as MB (10^6), without a unit: `1,204`, `12.3`, `0.42`, `0.0042`."""
     if value is None:
         return DASH
     mb = value / 1e6
-    return f"{mb:,.0f}" if mb >= 1000 else f"{mb:.1f}" if mb >= 10 else f"{mb:.2f}"
+    return f"{mb:,.{0 if mb >= 1000 else 1 if mb >= 10 else 2 if mb >= 0.1 or not mb else 4}f}"
 
 
 def seconds(value: float | None) -> str:

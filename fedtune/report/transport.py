@@ -7,7 +7,7 @@ from dataclasses import astuple
 
 from fedtune.report import text
 from fedtune.report.markup import cell, section, table
-from fedtune.report.records import RoundRow, Summary, Traffic
+from fedtune.report.records import RoundRow, Summary, WireBytes
 from fedtune.report.svg import esc
 from fedtune.report.verdict import total
 
@@ -20,11 +20,11 @@ def codec_of(summary: Summary) -> str | None:
     return None if name == "none" else name
 
 
-def moved(summary: Summary) -> Traffic:
+def moved(summary: Summary) -> WireBytes:
     """Of the federated arm: all rounds, all clients."""
     mean = summary.federated.mean
     up, down = total(mean.bytes_up), total(mean.bytes_down)
-    return Traffic(up, down, total(mean.bytes_up_raw), total(mean.bytes_down_raw))
+    return WireBytes(up, down, total(mean.bytes_up_raw), total(mean.bytes_down_raw))
 
 
 def of_raw(sent: float | None, raw: float | None) -> str:
@@ -82,5 +82,5 @@ def _figures(raw: float | None, sent: float | None) -> list[str]:
     return [cell(word, "n") for word in words]
 
 
-def _sum(rounds: Iterable[Traffic]) -> Traffic:
-    return Traffic(*(total(values) for values in zip(*map(astuple, rounds), strict=True)))
+def _sum(rounds: Iterable[WireBytes]) -> WireBytes:
+    return WireBytes(*(total(values) for values in zip(*map(astuple, rounds), strict=True)))

@@ -71,6 +71,14 @@ def test_compare_draws_one_curve_per_directory(tmp_path: Path):
         assert has_color(image, color)
 
 
+def test_runs_that_coincide_are_all_seen(tmp_path: Path):
+    """Left of their labels, where a line drawn over another would hide it."""
+    summaries = [load_summary(write_run(tmp_path / n, made_up_summary(), [])) for n in "abc"]
+    image = pixels(draw_compare(summaries, tmp_path / "compare.png"))[:, :1400]
+    for color in ("#0072b2", "#d55e00", "#009e73"):
+        assert has_color(image, color)
+
+
 def test_local_is_drawn_at_its_rounds_with_best_and_worst(run_dir: Path):
     summary = load_summary(run_dir)
     curves = {curve.tone: curve for curve in loss_curves(summary)}
@@ -133,5 +141,5 @@ def test_labels_say_what_differs(tmp_path: Path):
         "b/run",
         "a-rather-lo...-directory-2",
     ]
-    codecs = [label("x", codec="int8"), label("y", codec="nf4")]
-    assert [c.label for c in compare_curves(codecs)] == ["x (int8)", "y (nf4)"]
+    codecs = [label("x", codec="int8"), label("nf4", codec="nf4")]
+    assert [c.label for c in compare_curves(codecs)] == ["x (int8)", "nf4"]

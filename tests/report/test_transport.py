@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.report import load_rounds, load_summary, render_report, traffic_table, verdict_lines
-from fedtune.report.records import Traffic
+from fedtune.report.records import WireBytes
 from fedtune.report.transport import codec_of, moved
 from tests.report.made_up import HOSTILE, write_run
 from tests.report.test_html import check_page, words
@@ -50,7 +50,7 @@ def section(page: str) -> str:
 
 def test_totals_of_a_run(tmp_path: Path):
     summary = load_summary(write_run(tmp_path, summary_of(), []))
-    assert moved(summary) == Traffic(up=2 * MB, down=4 * MB, up_raw=20 * MB, down_raw=24 * MB)
+    assert moved(summary) == WireBytes(up=2 * MB, down=4 * MB, up_raw=20 * MB, down_raw=24 * MB)
     assert (moved(summary).sent, moved(summary).raw) == (6 * MB, 44 * MB)
 
 
@@ -110,7 +110,7 @@ def test_bytes_that_nobody_counted_are_dashes(tmp_path: Path):
     text = section(page)
     assert "both nf4 – – –" in text
     assert "a – – – – –" in text
-    assert load_rounds(run)[0].clients == {"a": Traffic(), "b": Traffic()}
+    assert load_rounds(run)[0].clients == {"a": WireBytes(), "b": WireBytes()}
 
 
 def test_the_end_of_a_run_says_the_share(tmp_path: Path):
@@ -130,6 +130,6 @@ def test_plot_of_several_runs_prints_a_row_of_each(
     head, _, *lines = capsys.readouterr().out.splitlines()[-4:]
     assert head.split("  ")[0] == "run"
     assert [" ".join(line.split()) for line in lines] == [
-        "plain none 20.0 -> 20.0 24.0 -> 24.0 100.0 % 2.500",
+        "plain none 20.0 24.0 100.0 % 2.500",
         "small nf4 20.0 -> 2.00 24.0 -> 4.00 13.6 % 2.500",
     ]

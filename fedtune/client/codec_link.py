@@ -105,11 +105,15 @@ class CodecLink:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _greet(self, setup: RecordDict, reply: RecordDict) -> RecordDict:
-        """Say whether the run's first parameters are in the model already, and keep them."""
-        name, own = str(facts_of(setup).get(VERSION)), self._own()
-        entries = manifest_of(setup).entries
-        tensors = {f"{ARRAYS}{SEPARATOR}{n}": own[n] for n in entries if n in own}
-        return wrap(reply, None, {VERSION: name if self._keep(name, tensors, "") else ""})
+        """Say whether the run's first parameters are here: kept from before, or in the model."""
+        name = str(facts_of(setup).get(VERSION))
+        if any(self._directory.glob("version-*")):
+            there = self._file(name).is_file()
+        else:
+            own, entries = self._own(), manifest_of(setup).entries
+            tensors = {f"{ARRAYS}{SEPARATOR}{n}": own[n] for n in entries if n in own}
+            there = self._keep(name, tensors, "")
+        return wrap(reply, None, {VERSION: name if there else ""})
 
     def _version(self, name: str) -> dict[str, Tensor] | None:
         """Tensors kept under a name; none for the empty name."""

@@ -4,8 +4,8 @@ Down, a client gets the difference to what it has, which is what it answered for
 of one message is in the difference of the next one, so nothing adds up. Up, it answers with the
 difference to what it was sent, which is added to what was meant for it.
 
-A client that says that it lacks what a difference is to (`resend`), fails, or leaves, gets the next
-message whole. One whose model has the run's first parameters already gets no whole message at all.
+A client that says that it lacks what a difference is to (`resend`) gets the message whole, one that
+fails twice the next one. Whose model has the run's first parameters already needs no whole message.
 Memory: what each group of equal clients has, and what was meant for it.
 """
 
@@ -93,6 +93,7 @@ class CodecGrid(GridBase):
         self._settings, self._kinds, self._refactors = settings, kinds, refactors
         self._start: Version | None = None
         self._held: dict[int, Version] = {}  # by node, the one that answered last at the end
+        self._failed: set[int] = set()  # nodes, in their last answer
         self._flights: dict[str, _Flight] = {}
         self._again: dict[str, str] = {}  # id of a message sent whole -> id that our caller knows
 
@@ -113,10 +114,8 @@ class CodecGrid(GridBase):
         self.grid.set_run(run)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes; who has left starts anew when he comes back."""
+        """Ids of the connected nodes; what those that have left were asked stays unanswered."""
         nodes = list(self.grid.get_node_ids())
-        for node in self._held.keys() - set(nodes):
-            del self._held[node]
         self._keep_flights(lambda flight: flight.first.metadata.dst_node_id in nodes)
         return nodes
 
@@ -197,7 +196,7 @@ class CodecGrid(GridBase):
             return None
         node = flight.first.metadata.dst_node_id
         if reply.has_error():
-            self._held.pop(node, None)
+            self._fail(node)
             return reply if known_id == sent_id else Message(reply.error, reply_to=flight.first)
         started = time.perf_counter()
         try:
@@ -210,17 +209,24 @@ class CodecGrid(GridBase):
                 raise refused("a reply to what was sent whole", "the wish for it once more")
             content = self._decoded(reply.content, flight)
         except FedtuneError as error:
-            self._held.pop(node, None)
+            self._fail(node)
             return Message(Error(UNUSABLE, str(error)), reply_to=flight.first)
         self.wire.codec_s += time.perf_counter() - started + _seconds_in(reply.content)
         self._hold(node, flight.version)
         return Message(content, reply_to=flight.first)
 
+    def _fail(self, node: int) -> None:
+        """It may be the network's fault once; then what the node has is no longer trusted."""
+        if node in self._failed:
+            self._held.pop(node, None)
+        self._failed.add(node)
+
     def _note_first(self, reply: Message) -> None:
         """Who has the first parameters says so in the answer to its set-up."""
         if reply.has_content() and facts_of(reply.content):
-            if self._start and facts_of(reply.content).get(VERSION) == self._start.name:
-                self._hold(reply.metadata.src_node_id, self._start)
+            node, name = reply.metadata.src_node_id, facts_of(reply.content).get(VERSION)
+            if self._start and name == self._start.name and node not in self._held:
+                self._hold(node, self._start)
             reply.content = restore(reply.content, None)
 
     def _decoded(self, content: RecordDict, flight: _Flight) -> RecordDict:
@@ -244,6 +250,7 @@ class CodecGrid(GridBase):
         self._flights[known_id] = replace(whole, first=flight.first, id=sent_id)
 
     def _hold(self, node: int, version: Version) -> None:
+        self._failed.discard(node)
         if not version.name:  # nothing is sent as a difference
             return
         self._held.pop(node, None)

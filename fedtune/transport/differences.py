@@ -24,7 +24,7 @@ from fedtune.errors import ManifestError
 from fedtune.transport.bits import bit_difference, bit_sum
 from fedtune.transport.bundle import Part, Slot, read_bundle, write_bundle
 from fedtune.transport.codecs import CODECS, encode, opened
-from fedtune.transport.codecs.base import refused
+from fedtune.transport.codecs.base import empty, refused
 from fedtune.transport.feedback import feed_back
 from fedtune.transport.messages import ARRAYS
 from fedtune.transport.settings import CodecSettings
@@ -193,7 +193,8 @@ def _sent(kind: str, tensor: Tensor, old: Tensor | None) -> Tensor:
     assert old is not None
     if kind == BITS:
         return bit_difference(tensor, old).reshape(-1)
-    return (_wide(tensor) - _wide(old)).reshape(-1)
+    flats = [_wide(side).reshape(-1) for side in (tensor, old)]
+    return torch.sub(*flats, out=empty(len(flats[0]), flats[0].dtype))
 
 
 def _unpacked(part: Part, old: Tensors) -> dict[str, Tensor]:
@@ -226,7 +227,7 @@ def _made(kind: str, values: Tensor, slot: Slot, old: Tensor | None) -> Tensor:
             return bit_sum(old, values)
         if kind == DELTA and values.dtype == _wide_dtype(old):
             most = torch.finfo(old.dtype).max  # what the codec changes may lead beyond it
-            return (_wide(old) + values).clamp_(-most, most).to(old.dtype)
+            return values.add_(_wide(old)).clamp_(-most, most).to(old.dtype)
     raise refused(f"{kind} for {slot.entry}", f"{values.dtype}")
 
 

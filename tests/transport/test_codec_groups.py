@@ -11,9 +11,9 @@ from flwr.app import Message
 
 from fedtune.transport import codec_grid, coder
 from fedtune.transport.coded_records import OLD, bytes_in, facts_of
-from fedtune.transport.messages import EVALUATE, TRAIN, pack
+from fedtune.transport.messages import EVALUATE, SETUP, TRAIN, pack
 from tests.federation.scripted import in_a_task
-from tests.transport.coded import Bench, draw, named
+from tests.transport.coded import MANIFEST, Bench, draw, named
 from tests.transport.tensors import assert_bits
 
 
@@ -127,6 +127,40 @@ def test_a_client_with_the_first_parameters_is_sent_nothing(tmp_path: Path) -> N
     bench.ask(draw(2))
     for client in range(3):
         assert_bits(bench.seen[client], bench.believed(client))
+
+
+def test_who_is_set_up_again_goes_on_from_what_he_has_kept(tmp_path: Path) -> None:
+    """Though a script that was started again has a model with the first parameters."""
+    bench = Bench(tmp_path, 2)
+    first = draw(1)
+    bench.own = {0: first, 1: first}
+    bench.coded.begin(first)
+    bench.set_up(*bench.nodes)
+    for number in range(3):
+        bench.ask(draw(number))
+    kept = bench.versions(0)
+    assert len(kept) == 2
+    bench.forget(1)
+    bench.set_up(*bench.nodes)
+    assert bench.versions(0) == kept
+    bench.network.pushed.clear()
+    bench.ask(draw(4))
+    assert bench.wholes() == [False, False, True]  # a difference to the last, which is lost at one
+    for client in range(2):
+        assert_bits(bench.seen[client], bench.believed(client))
+
+
+def test_a_lost_answer_to_the_set_up_is_given_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.own = {0: draw(1)}
+    bench.coded.begin(draw(1))
+    bench.network.deliver = lambda reply: []
+    content = pack(arrays={}, config={"run": "42", "manifest": MANIFEST.to_json()})
+    ids = bench.grid.push([Message(content, bench.nodes[0], SETUP)])
+    assert list(bench.grid.pull(ids)) == []
+    bench.network.deliver = lambda reply: [reply]
+    bench.set_up(*bench.nodes)
+    assert bench.coded._held.keys() == set(bench.nodes)
 
 
 def test_nobody_is_asked_where_nothing_is_coded_downwards(tmp_path: Path) -> None:

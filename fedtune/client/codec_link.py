@@ -96,7 +96,8 @@ class CodecLink:
             if not self._keep(str(facts.get(VERSION)), {**old, **tensors}, str(facts[OLD])):
                 return None
         opened = restore(content, tensors)
-        answer = _Answer(CodecSettings.from_record(facts), opened, self._residual)
+        settings, version = CodecSettings.from_record(facts), str(facts.get(VERSION))
+        answer = _Answer(settings, version, opened, self._residual)
         answer.seconds = time.perf_counter() - started
         return Opened(opened, answer.seal)
 
@@ -142,17 +143,20 @@ class CodecLink:
 
 
 class _Answer:
-    """Encodes the reply to one request."""
+    """Encodes the reply to one request, which led to `version`."""
 
-    def __init__(self, settings: CodecSettings, request: RecordDict, residual: RoundFiles) -> None:
-        self._settings, self._request, self._residual = settings, request, residual
+    def __init__(
+        self, settings: CodecSettings, version: str, request: RecordDict, residual: RoundFiles
+    ) -> None:
+        self._settings, self._version = settings, version
+        self._request, self._residual = request, residual
         self.seconds = 0.0  # spent on the request
 
     def seal(self, reply: RecordDict) -> RecordDict:
         """The reply as it travels."""
         tensors = join(reply)
         if self._settings.up == "none" or not tensors:
-            return wrap(reply, None, {SECONDS: self.seconds})
+            return wrap(reply, None, self._facts())
         started = time.perf_counter()
         old, task = join(self._request), RoundTask.of(self._request)
         forms = {name: self._form(name, tensor, old.get(name)) for name, tensor in tensors.items()}
@@ -165,7 +169,10 @@ class _Answer:
         else:
             coded = code(tensors, forms, old)
         self.seconds += time.perf_counter() - started
-        return wrap(reply, as_record(coded.data), {SECONDS: self.seconds})
+        return wrap(reply, as_record(coded.data), self._facts())
+
+    def _facts(self) -> dict[str, str | float]:
+        return {VERSION: self._version, SECONDS: self.seconds}
 
     def _form(self, name: str, tensor: Tensor, old: Tensor | None) -> Form:
         record, _, own_name = name.partition(SEPARATOR)

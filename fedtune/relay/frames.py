@@ -74,11 +74,11 @@ def decode(frame: bytes) -> Frame:
 def request_key(kind: str, content: RecordDict) -> str:
     """Recognises a repeated request: kind, run, round, manifest and sha256 of the tensors sent.
 
-    Coded ones count as the version that they lead to, wherever from (`transport/codec_grid.py`).
+    Coded ones count as what the server says that they mean (`transport/coder.py`).
     """
     config = content.config_records.get("config", ConfigRecord())
-    version = content.config_records.get("codec", ConfigRecord()).get("version")
-    what = [kind, *(config.get(name) for name in ("run", "round", "manifest")), version]
+    meaning = content.config_records.get("codec", ConfigRecord()).get("meaning")
+    what = [kind, *(config.get(name) for name in ("run", "round", "manifest")), meaning]
     digest = hashlib.sha256(json.dumps(what).encode())
     for name in sorted(content.array_records.keys() - {"coded"}):
         record = content.array_records[name]

@@ -207,12 +207,18 @@ class CodecGrid(GridBase):
                 return None
             if RESEND in reply.content:
                 raise refused("a reply to what was sent whole", "the wish for it once more")
+            has = facts_of(reply.content).get(VERSION)
+            if has != flight.version.name and self._settings.up == "none":
+                raise refused("an update of what was sent", "one of something else")
             content = self._decoded(reply.content, flight)
         except FedtuneError as error:
             self._fail(node)
             return Message(Error(UNUSABLE, str(error)), reply_to=flight.first)
         self.wire.codec_s += time.perf_counter() - started + _seconds_in(reply.content)
-        self._hold(node, flight.version)
+        if has == flight.version.name:
+            self._hold(node, flight.version)
+        else:  # it had answered the same request before, which came to it in another way
+            self._held.pop(node, None)
         return Message(content, reply_to=flight.first)
 
     def _fail(self, node: int) -> None:

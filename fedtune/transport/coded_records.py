@@ -14,6 +14,7 @@ from fedtune.transport.codecs.base import refused
 from fedtune.transport.records import params_of, to_arrays
 
 __all__ = [
+    "MEANING",
     "OLD",
     "RESEND",
     "SECONDS",
@@ -30,6 +31,7 @@ __all__ = [
 
 CODED, CODEC, RESEND = "coded", "codec", "resend"
 OLD, VERSION = "old", "version"  # what differences are to, and what is there after them
+MEANING = "meaning"  # by which a client recognises a request that it has answered already
 SECONDS = "seconds"  # that a client needed for decoding and encoding
 STYPE = "fedtune.coded"
 SEPARATOR = "/"

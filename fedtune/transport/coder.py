@@ -8,11 +8,11 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedtune.transport.bits import same_bits
-from fedtune.transport.coded_records import OLD, SEPARATOR, VERSION, as_record, join, wrap
+from fedtune.transport.coded_records import MEANING, OLD, SEPARATOR, VERSION, as_record, join, wrap
 from fedtune.transport.differences import SAME, Form, code, form_of
 from fedtune.transport.messages import BASE
 from fedtune.transport.settings import CodecSettings
-from fedtune.transport.versions import Version
+from fedtune.transport.versions import Version, fingerprint
 
 __all__ = ["Coder"]
 
@@ -29,6 +29,7 @@ class Coder:
     def __init__(self, settings: CodecSettings, refactors: bool) -> None:
         self._settings, self._refactors = settings, refactors
         self._done: dict[object, tuple[ArrayRecord | None, Version]] = {}
+        self._meanings: dict[object, str] = {}
         self.seconds = 0.0
 
     def code(self, content: RecordDict, held: Version | None) -> tuple[RecordDict, Version]:
@@ -39,9 +40,25 @@ class Coder:
         if key not in self._done:
             self._done[key] = self._code(join(content), held)
         coded, version = self._done[key]
-        facts = {**self._settings.record(), VERSION: version.name, OLD: held.name if held else ""}
+        facts = {
+            **self._settings.record(),
+            OLD: held.name if held else "",
+            VERSION: version.name,
+            MEANING: self._meaning(ids, content, version),
+        }
         self.seconds += time.perf_counter() - started
         return wrap(content, coded, facts), version
+
+    def _meaning(self, ids: object, content: RecordDict, version: Version) -> str:
+        """What the parameters are: an update is added to those, so what came of them is all one.
+
+        Where updates are no differences, they belong to what the client had.
+        """
+        if self._settings.up == "none" or not version.name:
+            return version.name
+        if ids not in self._meanings:
+            self._meanings[ids] = fingerprint(join(content))
+        return self._meanings[ids]
 
     def _code(
         self, tensors: dict[str, Tensor], held: Version | None

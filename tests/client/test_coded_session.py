@@ -96,7 +96,12 @@ class Server:
                 raise RoundError(frame.error)
             return Message(frame.content, reply_to=message)
 
-        self.coded = CodecGrid(InlineGrid(client, 1), self.settings)  # type: ignore[arg-type]
+        self._below = InlineGrid(client, 1)  # type: ignore[arg-type]
+        self.restart()
+
+    def restart(self) -> None:
+        """A server that knows nobody."""
+        self.coded = CodecGrid(self._below, self.settings)
         self.grid = EagerGrid(self.coded, poll_interval_s=0.0)
 
     def train(self, params: Tensors, number: int, attempt: int = 1, resume: int = 0) -> Message:
@@ -189,6 +194,36 @@ def test_the_kept_reply_is_the_encoded_one(folder: RunFolder) -> None:
         assert site.seen == []
     assert bytes_in(server.frames[0].content) == bytes_in(server.frames[1].content)
     assert_bits(arrays_of(first.content), arrays_of(again.content))
+
+
+def test_a_round_that_comes_in_another_way_is_not_trained_again(folder: RunFolder) -> None:
+    """A new server sends all: other bits, but the same parameters are meant."""
+    server = Server(folder, feedback=True)
+    with started(folder) as site:
+        for number in (1, 2):
+            first = server.train(draw(number), number)
+        server.restart()
+        again = server.train(draw(2), 2)
+        assert len(site.seen) == 2
+        assert server.olds[1] != "" == server.olds[2]
+        assert_bits(arrays_of(first.content), arrays_of(again.content))
+        assert not server.coded._held  # the site has what it had trained from
+        server.train(draw(3), 3)
+        assert_bits(site.seen[-1], server.believed)
+        other = server.train(draw(4), 3)  # other parameters are another request
+        assert len(site.seen) == 4
+        assert arrays_of(other.content).keys() == draw(4).keys()
+
+
+def test_where_updates_are_whole_they_belong_to_what_a_site_had(folder: RunFolder) -> None:
+    server = Server(folder, direction="down")
+    with started(folder) as site:
+        for number in (1, 2):
+            server.train(draw(number), number)
+        server.restart()
+        server.train(draw(2), 2)
+        assert len(site.seen) == 3
+        assert_bits(site.seen[-1], server.believed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -219,6 +219,23 @@ def test_a_wish_for_a_message_that_was_not_coded_is_refused(tmp_path: Path) -> N
     assert len(bench.network.pushed) == 4
 
 
+@pytest.mark.parametrize("direction", ["both", "down"])
+def test_an_update_of_another_version(tmp_path: Path, direction: str) -> None:
+    """Is a difference to what was meant all the same; where it is none, it is refused."""
+    bench = Bench(tmp_path, direction=direction)
+
+    def older(content: RecordDict) -> None:
+        content.config_records["codec"]["version"] = "another"
+
+    for _ in range(2):
+        (reply,) = change(bench, older)
+        assert reply.has_error() == (direction == "down")
+        assert not bench.coded._held
+    assert all(bench.wholes())
+    bench.ask(draw(2))
+    assert_bits(bench.seen[0], bench.believed())
+
+
 def test_more_or_other_tensors_than_asked_for_are_for_the_caller_to_refuse(tmp_path: Path) -> None:
     bench = Bench(tmp_path, 2)
     more = {"arrays/a": torch.ones(2), "control/a": torch.ones(2), "arrays/new": torch.ones(2)}

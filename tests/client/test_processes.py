@@ -6,18 +6,30 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedtune.relay.folder import RunFolder
+from fedtune.relay.frames import encode
 from fedtune.relay.link import ask
-from fedtune.transport.messages import CONTROL, arrays_of
+from fedtune.transport import decode as decoded
+from fedtune.transport import encode as encoded
+from fedtune.transport.coded_records import OLD, VERSION, as_record, bytes_in, wrap
+from fedtune.transport.differences import code, form_of, undo
+from fedtune.transport.messages import ARRAYS, CONTROL, TRAIN, arrays_of, pack
+from fedtune.transport.settings import CodecSettings
+from fedtune.transport.versions import Version
 from tests.client.driver import Params, Server, planned, trained
+from tests.client.script import digest
 from tests.client.trainers import small_trainer, train
 from tests.federation.small import same_tensors
 
@@ -123,3 +135,71 @@ def test_when_rank_0_fails_all_end(run: RunFolder, tmp_path: Path) -> None:
     errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
     assert errors[0] == errors[1]
     assert "within 1 s" in errors[0]
+
+
+@dataclass
+class CodedServer(Server):
+    """Trains with int8 differences both ways.
+
+    Attributes:
+        versions: what the client has in each round.
+    """
+
+    versions: list[Version] = field(default_factory=list)
+
+    def train(self, number: int, params: Params, **given: Any) -> Params:
+        settings = CodecSettings("int8", min_size=1)
+        held = self.versions[-1] if self.versions else Version("", {})
+        meant = {f"{ARRAYS}/{name}": tensor for name, tensor in params.items()}
+        forms = {
+            name: form_of(name, tensor, held.received.get(name), "int8", settings)
+            for name, tensor in meant.items()
+        }
+        coded = code(meant, forms, held.received)
+        self.versions.append(Version.of(coded.received, meant))
+        facts = {**settings.record(), OLD: held.name, VERSION: self.versions[-1].name}
+        content = wrap(pack(config=self.task(number).record()), as_record(coded.data), facts)
+        self.updates.append(self.send(self.folder, encode(TRAIN, content)))
+        data = bytes_in(self.good(self.updates[-1]))
+        assert data is not None
+        return bare(undo(data, meant))
+
+
+def bare(tensors: Mapping[str, Tensor]) -> Params:
+    return {name.removeprefix(f"{ARRAYS}/"): tensor for name, tensor in tensors.items()}
+
+
+def test_ranks_load_what_the_first_of_them_decodes(run: RunFolder, tmp_path: Path) -> None:
+    """The first update is that of a run without a codec, its difference through int8 once."""
+
+    def one_round(server: Server) -> None:
+        server.finish(server.train(1, sixteen_bits(server.begin())), 1, "stopped")
+
+    def three_rounds(server: Server) -> None:
+        params = sixteen_bits(server.begin())
+        for number in range(1, 4):
+            sent.append(params)
+            params = server.train(number, params)
+        sent.append(params)
+        server.finish(params, 3)
+
+    sent: list[Params] = []
+    with Server(run, one_round, send=patiently) as plain:
+        (tmp_path / "plain").mkdir()
+        assert script(tmp_path / "plain", ranks=2) == 0
+    with CodedServer(run, three_rounds, send=patiently) as server:
+        assert script(tmp_path, ranks=2) == 0
+    update = arrays_of(plain.updates[0].content)
+    for name, first in sent[0].items():
+        difference = decoded(encoded(update[name] - first, "int8"))
+        assert torch.equal(sent[1][name], first + difference)
+    assert steps(tmp_path, 0) == steps(tmp_path, 1)
+    begins = [steps(tmp_path)[4 * number][2] for number in range(3)]
+    assert begins == [digest(bare(version.received)) for version in server.versions]
+    for rank in range(2):
+        assert same_tensors(load_file(tmp_path / f"final-{rank}.safetensors"), sent[-1])
+
+
+def sixteen_bits(params: Params) -> Params:
+    """What the whole first message, in 16 bits, brings without any loss."""
+    return {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in params.items()}

@@ -75,8 +75,8 @@ def main() -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(MODEL_DIR),
         LoraConfig(
-            r=4,
-            lora_alpha=8,
+            r=16,
+            lora_alpha=32,
             lora_dropout=0.1,
             target_modules=["q_proj", "v_proj"],
             task_type="CAUSAL_LM",
@@ -103,6 +103,7 @@ def main() -> None:
     )
     fedtune.patch(trainer)
     trainer.train()
+    trainer.save_model()
 
 
 if __name__ == "__main__":

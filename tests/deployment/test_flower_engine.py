@@ -29,18 +29,18 @@ FLAGS = [
     *("--lr_scheduler_type", "cosine", "--lora_dropout", "0.1"),
 ]
 
-Federate = Callable[[str, int], Path]
+Federate = Callable[..., Path]
 
 
 @pytest.fixture
 def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federate:
     """Run the recipe; returns its output directory, which also holds `steps.jsonl`."""
 
-    def run(engine: str, clients: int) -> Path:
+    def run(engine: str, clients: int, *flags: str) -> Path:
         output = tmp_path / engine
         monkeypatch.setenv("FEDTUNE_TEST_STEPS", str(tmp_path / f"{engine}.jsonl"))
         where = ("--engine", engine, "--num_clients", str(clients), "--output_dir", output)
-        done = run_here(SCRIPT, *FLAGS, *where)
+        done = run_here(SCRIPT, *FLAGS, *flags, *where)
         assert done.status == 0, done.out + done.err
         (tmp_path / f"{engine}.jsonl").rename(output / "steps.jsonl")
         return output
@@ -94,8 +94,10 @@ def test_one_client_is_the_plain_trainer(
 
 
 @pytest.mark.slow
-def test_two_clients_are_the_same_in_both_engines(federate: Federate) -> None:
-    assert_same(federate("flower", 2), federate("inline", 2), 2)
+@pytest.mark.parametrize("codec", ["none", "nf4"])
+def test_two_clients_are_the_same_in_both_engines(federate: Federate, codec: str) -> None:
+    flower, inline = (federate(engine, 2, "--codec", codec) for engine in ("flower", "inline"))
+    assert_same(flower, inline, 2)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from fedtune.config import Arguments
 from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.transport.settings import CodecSettings
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client", "with_seed"]
 
@@ -58,6 +59,7 @@ def prepare(
         silos.evaluation,
         work_dir,
     )
+    CodecSettings.of(args.transport, refactors=False).check_use(worker.manifest.entries)
     tokens = [_tokens(worker.trainer(name)) for name in silos.names]
     if args.adapter.init_adapter:
         _check_init_adapter(args.adapter.init_adapter, worker.manifest)

@@ -202,6 +202,7 @@ def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState
         raise RoundError(f"{member.name} could not give its adapter: {problem}")
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
     check_variants(f"--strategy {name_of(run.method)}", run.method.properties, [*manifest.entries])
+    run.codec.check_use(manifest.entries)
     if run.init_adapter is not None:
         params, static = load_init_adapter(run.init_adapter, manifest)
     else:

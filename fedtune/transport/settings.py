@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, get_args, get_type_hints
 
+from fedtune.adapters import Entry
 from fedtune.config import TransportArguments
 from fedtune.errors import ConfigError, FrameError
 from fedtune.lists import split_names
@@ -60,6 +61,18 @@ class CodecSettings:
             return False
         named = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
         return named and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+    def check_use(self, entries: Mapping[str, Entry]) -> None:
+        """Raises ConfigError when none of the trained tensors is coded."""
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        if self.codec == "none" or any(self.takes(*item) for item in shapes.items()) or not shapes:
+            return
+        largest = max(shapes, key=lambda name: math.prod(shapes[name]))
+        raise ConfigError(
+            f"--codec {self.codec}: expected a trained tensor that is coded, received {len(shapes)}"
+            f" that are not, such as {largest} {list(shapes[largest])}. It needs two dimensions, "
+            f"{self.min_size} values and a name that --codec_args takes."
+        )
 
     @classmethod
     def of(cls, transport: TransportArguments, *, refactors: bool) -> CodecSettings:

@@ -60,6 +60,12 @@ def test_dry_run_with_a_codec(run):
     assert f"about {mb / 2 * (1 + 1.016 / 4):.3f} MB in both directions (63 % of raw)" in out
 
 
+def test_a_codec_that_codes_nothing_is_refused_before_anything_is_written(run, tmp_path):
+    err = run("--codec", "nf4", "--codec_args", "include=*nothing*", refused=True).err
+    assert "--codec nf4: expected a trained tensor that is coded, received 42 that are not" in err
+    assert tree(tmp_path) == {}
+
+
 def test_dry_run_tells_what_a_method_sends_and_a_server_keeps(run):
     """Control variates, both ways; two versions of an adapter, of each client that differs."""
     plain = run("--dry_run").out

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
+from fedtune.adapters import Entry
 from fedtune.config import TransportArguments
 from fedtune.errors import ConfigError
 from fedtune.settings import parse_arguments
@@ -177,3 +178,18 @@ def test_a_record_is_read_as_it_was_written_on_the_wire(given: CodecSettings) ->
 
 def test_every_field_travels() -> None:
     assert set(CodecSettings().record()) == {f.name for f in dataclasses.fields(CodecSettings)}
+
+
+@pytest.mark.parametrize("codec_args", ["include=*lora_C*", "exclude=*", "min_size=4097"])
+def test_a_codec_that_codes_nothing_is_refused(codec_args: str) -> None:
+    entries = {
+        "q.lora_A": Entry((8, 512), "float32"),
+        "q.lora_B": Entry((64, 8), "float32"),
+        "bias": Entry((10**6,), "float32"),
+    }
+    settings(codec="nf4").check_use(entries)
+    settings(codec="nf4", codec_args="min_size=4096").check_use(entries)
+    settings().check_use({})
+    expected = r"^--codec nf4: expected .* received 3 that are not, such as bias \[1000000\]\. "
+    with pytest.raises(ConfigError, match=expected):
+        settings(codec="nf4", codec_args=codec_args).check_use(entries)

@@ -56,7 +56,10 @@ def _parser(asked: str) -> argparse.ArgumentParser:
     plot = _add(commands, "plot", _plot, "Redraw the curves and report of runs; compare several.")
     plot.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="--output_dir of it")
     plot.add_argument(
-        "--output", type=Path, default=Path("compare.png"), help="picture of several runs"
+        "--output",
+        type=Path,
+        default=Path("compare.png"),
+        help="of several runs, else compare.png",
     )
 
     export = _add(commands, "export", _export, "Copy a run's adapter, or merge it into its base.")

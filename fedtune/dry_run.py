@@ -36,9 +36,11 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
     manifests = [worker.manifest_of(name) for name in worker.train]
     traffic = _traffic(codec, manifests, sampled, method)
     coded = codec.codec != "none"
-    about = "at least " if properties.changes_base else "about " if coded else ""
+    least = "at least " if properties.changes_base else ""
+    about = least or ("about " if coded else "")
     of_raw = f" ({100 * traffic.round / traffic.raw:.0f} % of raw)" if coded else ""
-    kept = _kept(codec, sum(sent.values()) / len(sent), 1 if sampled == len(steps) else len(steps))
+    size = sum(sent.values()) / len(sent) * (2 if method.has_control else 1)
+    kept = _kept(codec, size, 1 if sampled == len(steps) else len(steps))
     fewest, most = min(steps), max(steps)
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     sizes = sorted({f"{size / 1e6:.3f}" for size in sent.values()}, key=float)
@@ -57,7 +59,7 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
         f"{about}{federation.num_rounds * traffic.round:.2f} MB a seed",
         "memory": f"base model {prepared.model_bytes / 1e6:.1f} MB a process, one client's Adam "
         f"{8 * values / 1e6:.2f} MB, server sum {16 * values / 1e6:.2f} MB"
-        + (f" and what clients have {kept / 1e6:.2f} MB" if kept else "")
+        + (f" and what clients have {least}{kept / 1e6:.2f} MB" if kept else "")
         + "; activations extra",
     }
     table = [format_table(prepared.clients)]

@@ -164,7 +164,7 @@ def test_config_file_that_cannot_be_read(tmp_path):
         (["--num_rounds", "x"], "--num_rounds: expected a whole number, received 'x'"),
         (["--num_rounds"], "--num_rounds: expected one argument"),
         (["--peft_method", "lorra"], "Did you mean lora?"),
-        (["--resume", "maybe"], "--resume: Truthy value expected"),
+        (["--resume", "maybe"], "--resume: expected true or false, received 'maybe'"),
         (["--seed", "1", "--seeds", "2"], "--seed S is --seeds S"),
         (["--seeds", "1,a"], "--seeds: expected whole numbers"),
         (["--warmup_steps", "-3"], "SFTConfig refuses these settings"),

@@ -77,7 +77,8 @@ def request_key(kind: str, content: RecordDict) -> str:
     Coded ones count as what the server says that they mean (`transport/coder.py`).
     """
     config = content.config_records.get("config", ConfigRecord())
-    meaning = content.config_records.get("codec", ConfigRecord()).get("meaning")
+    coded = content.config_records.get("codec", ConfigRecord())
+    meaning = coded.get("meaning", coded.get("version"))  # a set-up has no meaning
     what = [kind, *(config.get(name) for name in ("run", "round", "manifest")), meaning]
     digest = hashlib.sha256(json.dumps(what).encode())
     for name in sorted(content.array_records.keys() - {"coded"}):

@@ -35,6 +35,7 @@ GROUPS: tuple[tuple[str, str, type], ...] = (
     ("run", "Run", config.RunArguments),
 )
 
+BOOL = r"expected true or false, received '\1'. Correct the value"
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 _UNSET: Any = object()
@@ -67,6 +68,7 @@ class Parser(HfArgumentParser):
         if typed:
             kind = KINDS.get(typed[2], typed[2])
             message = f"{typed[1]}: expected {kind}, received {typed[3]}. Correct the value"
+        message = re.sub(r"Truthy value expected: got (.*) but.*", BOOL, message)
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         hint = nearest(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else ""
         raise ConfigError(f"{message.rstrip('.')}. {hint}".strip())

@@ -74,6 +74,8 @@ def test_dry_run_tells_what_a_method_sends_and_a_server_keeps(run):
     out = run("--dry_run", "--strategy", "scaffold").out
     assert "as much again for control variates" in out
     assert f"{2 * mb:.3f} MB in both directions" in out
+    out = run("--dry_run", "--strategy", "scaffold", "--codec", "int8").out
+    assert f"and what clients have {2 * 2 * mb / 4:.2f} MB; activations" in out
     out = run("--dry_run", "--codec", "int8").out
     assert f"and what clients have {2 * mb / 4:.2f} MB; activations" in out
     half = ("--fraction_train", "0.5")

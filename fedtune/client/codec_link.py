@@ -163,7 +163,7 @@ class _Answer:
         if self._settings.feedback:
             # What was lost of other factors is no part of these.
             lost = {} if task.new_factors else self._residual.read(task.resume_round) or {}
-            coded = code(tensors, forms, old, residual=lost)
+            coded = code(tensors, forms, old, residual=_fitting(lost, tensors))
             needed = (*task.keep_rounds, task.resume_round)
             self._residual.write(task.round, coded.residual, needed)
         else:
@@ -180,3 +180,13 @@ class _Answer:
         return form_of(
             own_name, tensor, old, self._settings.up, self._settings, is_difference=changed
         )
+
+
+def _fitting(lost: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what cannot have been lost of these: a file may be damaged, or of another rank."""
+
+    def fits(name: str, tensor: Tensor) -> bool:
+        whole = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        return name not in tensors or (whole and tensor.shape == tensors[name].shape)
+
+    return {name: tensor for name, tensor in lost.items() if fits(name, tensor)}

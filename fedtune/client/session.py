@@ -215,6 +215,8 @@ class Session:
             with suppress(FileNotFoundError):
                 return (self.folder.replies / key).read_bytes()
             request = self._requests.get(key)
+            if request is not None and not request.taken:
+                request.content = frame.content  # which may have come in a better way
             if request is None:
                 if self._over:
                     return encode(frame.kind, error=self._over)

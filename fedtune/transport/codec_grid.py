@@ -219,6 +219,7 @@ class CodecGrid(GridBase):
             self._hold(node, flight.version)
         else:  # it had answered the same request before, which came to it in another way
             self._held.pop(node, None)
+            self._failed.discard(node)
         return Message(content, reply_to=flight.first)
 
     def _fail(self, node: int) -> None:
@@ -231,7 +232,8 @@ class CodecGrid(GridBase):
         """Who has the first parameters says so in the answer to its set-up."""
         if reply.has_content() and facts_of(reply.content):
             node, name = reply.metadata.src_node_id, facts_of(reply.content).get(VERSION)
-            if self._start and name == self._start.name and node not in self._held:
+            is_new = reply.metadata.message_type == SETUP and node not in self._held
+            if self._start and name == self._start.name and is_new:
                 self._hold(node, self._start)
             reply.content = restore(reply.content, None)
 
@@ -260,9 +262,16 @@ class CodecGrid(GridBase):
         if not version.name:  # nothing is sent as a difference
             return
         self._held.pop(node, None)
-        self._held[node] = version
+        self._held[node] = self._shared(version)
         while len(self._held) > 1 and self._kept_bytes() > MOST_BYTES:
             del self._held[next(iter(self._held))]
+
+    def _shared(self, version: Version) -> Version:
+        """Nodes that were sent the same in messages of their own do not keep it twice."""
+        for other in self._held.values():
+            if other.name == version.name:
+                return replace(version, received=other.received)
+        return version
 
     def _kept_bytes(self) -> int:
         different = {version.name: version.nbytes for version in self._held.values()}

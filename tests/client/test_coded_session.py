@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import uuid4
@@ -10,6 +12,7 @@ from uuid import uuid4
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
+from safetensors.torch import load_file, save_file
 
 from fedtune.client.codec_link import CodecLink
 from fedtune.client.session import Request, Session
@@ -27,6 +30,7 @@ from fedtune.transport.coded_records import (
     join,
     wrap,
 )
+from fedtune.transport.coder import Coder
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import TRAIN, RoundTask, arrays_of, pack
 from fedtune.transport.records import to_arrays
@@ -263,6 +267,56 @@ def test_what_was_left_over_may_be_damaged(folder: RunFolder, damage: bytes) -> 
         assert arrays_of(reply.content).keys() == draw(2).keys()
         assert len(site.seen) == 2
     assert len(list(residual.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros(9, 9), torch.ones(17, 9), torch.full((9, 17), torch.nan), torch.ones(9, 17).int()],
+    ids=["smaller", "transposed", "nan", "integers"],
+)
+def test_what_was_left_over_may_be_of_another_tensor(
+    folder: RunFolder, other: torch.Tensor
+) -> None:
+    """That of a script with another rank; it counts for nothing, and the others stay."""
+    server = Server(folder, feedback=True)
+    with started(folder):
+        server.train(draw(1), 1)
+        (file,) = (folder.path / "transport" / "residual").iterdir()
+        lost = load_file(file)
+        updates = []
+        for wrong in (other, torch.zeros(9, 17)):
+            save_file({**lost, "arrays/a": wrong}, file)
+            updates.append(arrays_of(server.train(draw(2), 2 + len(updates), resume=1).content))
+    assert_bits(*updates)
+
+
+def test_a_whole_message_replaces_the_difference_that_waits(folder: RunFolder) -> None:
+    """Of a server that was killed; its trainer, still busy, has lost what it is a difference to."""
+    server = Server(folder)
+    with started(folder):
+        server.train(draw(1), 1)
+    task = RoundTask("42", 2, 9, 1, MANIFEST.hash, 4, 0.0, True, 42, 0)
+    content = pack(arrays=to_arrays(draw(2)), config=task.record())
+    ways = [
+        Coder(server.settings, refactors=False).code(content, held)[0]
+        for held in (server.coded._held[2], None)
+    ]
+    shutil.rmtree(folder.path / "transport")
+    session, answers = Session(folder, link(folder)), []
+    threads = [
+        threading.Thread(target=lambda w=way: answers.append(send(folder, encode(TRAIN, w))))
+        for way in ways
+    ]
+    for busy, thread in enumerate(threads, start=1):
+        thread.start()
+        while session._busy < busy or not session._requests:
+            time.sleep(0.01)
+    request = session.next(10.0)
+    request.reply(honest(request.content))
+    for thread in threads:
+        thread.join(10.0)
+    session.close()
+    assert [bytes_in(frame.content) is not None for frame in answers] == [True, True]
 
 
 @pytest.mark.parametrize("data", [b"", b"noise", b"FTQB" + bytes(40)])

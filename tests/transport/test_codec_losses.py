@@ -154,6 +154,14 @@ def test_a_reply_that_comes_twice(bench: Bench) -> None:
     bench.assert_goes_on()
 
 
+def test_what_several_are_sent_whole_is_kept_once(bench: Bench) -> None:
+    for client in range(2):
+        bench.forget(client)
+    bench.ask(draw(2))
+    first, second = bench.coded._held.values()
+    assert first.received is second.received
+
+
 def test_a_wish_for_a_whole_message_that_comes_twice(bench: Bench) -> None:
     """It is sent once, and what answers it is the answer."""
     bench.forget(1)

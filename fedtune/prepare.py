@@ -59,8 +59,9 @@ def prepare(
         silos.evaluation,
         work_dir,
     )
-    CodecSettings.of(args.transport, refactors=False).check_use(worker.manifest.entries)
     tokens = [_tokens(worker.trainer(name)) for name in silos.names]
+    # Only now, as a Trainer may cast the adapter.
+    CodecSettings.of(args.transport, refactors=False).check_use(worker.manifest.entries)
     if args.adapter.init_adapter:
         _check_init_adapter(args.adapter.init_adapter, worker.manifest)
     counts = None if None in tokens else [count for count in tokens if count is not None]

@@ -32,7 +32,7 @@ from fedtune.strategies.lora.names import lora_modules
 
 __all__ = ["Cumulative", "accumulate", "one_adapter"]
 
-SVD_ULPS = 16  # two QRs and an SVD of small matrices; measured below 4
+SVD_ULPS = 64  # two QRs and an SVD of small matrices; of 6,000 random terms up to 17
 
 
 @dataclass(frozen=True)

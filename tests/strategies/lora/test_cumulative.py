@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -31,6 +31,7 @@ def error_of(total: Cumulative, terms: list[Factors]) -> float:
     return float(torch.linalg.matrix_norm(kept.B.double() @ kept.A.double() - whole))
 
 
+@example(rounds=1, rank=3, max_rank=3, tolerance=0.0, seed=171)  # 17 ulps
 @given(few, few, st.integers(1, 8), st.sampled_from([0.0, 1e-6, 1e-2, 0.5]), st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedtune.errors import ConfigError
+from fedtune.adapters import Entry
+from fedtune.errors import ConfigError, ManifestError
 from fedtune.strategies import Method, build_method
-from fedtune.strategies.agreement import check_agreement, check_variants
+from fedtune.strategies.agreement import check_agreement, check_reference, check_variants
 from fedtune.strategies.base import Round
 from fedtune.strategies.combined import Combined
+from fedtune.strategies.given import given_reference, given_updates, given_weights
 from fedtune.strategies.lora.factors import Factors
+from fedtune.strategies.lora.manifests import ranks_in
 from fedtune.strategies.registry import STOCK
 from fedtune.strategies.residuals import residuals
 from fedtune.strategies.scaling import Scaling, common_scaling
@@ -64,21 +66,25 @@ def aggregate(
         settings: of the method, as in `--strategy_args`.
 
     Raises:
-        ConfigError: an unknown name or setting, or tensors that the method is not right for.
-        ManifestError: updates that do not agree with each other.
+        ConfigError: an argument of another type or out of range, an unknown name or setting, or
+            tensors that the method is not right for.
+        ManifestError: updates, or a reference, that do not agree with update 0, or that are not
+            finite.
     """
     method = _method(name, settings)
-    by = _weights(weights, len(updates))
-    check_variants(name, method.properties, [*updates[0]])
-    check_agreement(name, method.properties, updates)
-    equal, scales = common_scaling(updates, by, scaling)
-    fold = method.fold(Round(reference=reference or {}, scaling=scales))
+    given, start = given_updates(updates), given_reference(reference)
+    by = given_weights(weights, len(given))
+    check_variants(name, method.properties, [*given[0]])
+    check_agreement(name, method.properties, given)
+    check_reference(name, method.properties, given[0], start)
+    equal, scales = common_scaling(given, by, scaling)
+    fold = method.fold(Round(reference=start, scaling=scales, rank=_ranks([start, *given])))
     for update, weight in zip(equal, by, strict=True):
         fold.add(update, weight)
-    params = _step(name, method, fold.result(), reference)
-    params = {key: value.to(updates[0][key].dtype) for key, value in sorted(params.items())}
+    params = _step(name, method, fold.result(), start)
+    params = {key: value.to(given[0][key].dtype) for key, value in sorted(params.items())}
     base: dict[str, Factors] = getattr(fold, "base", {})
-    static = {key: t for key, t in (reference or {}).items() if key not in updates[0]}
+    static = {key: tensor for key, tensor in start.items() if key not in given[0]}
     whole = [{**static, **update} for update in equal]
     residual, residual_fedavg = residuals(whole, by, scales, {**static, **params}, base)
     return Aggregate(params, base, scales, residual, residual_fedavg)
@@ -86,6 +92,10 @@ def aggregate(
 
 def _method(name: str, settings: Mapping[str, float]) -> Method:
     """The method called `name`, if the updates are all it needs."""
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"aggregate: expected the name of a method, received {name!r}. Give one of --strategy."
+        )
     if name.startswith(STOCK):
         raise ConfigError(
             f"aggregate: {name} reads Flower's messages, which only a run has. Use --strategy."
@@ -110,29 +120,34 @@ def _method(name: str, settings: Mapping[str, float]) -> Method:
     return method
 
 
-def _weights(weights: Sequence[float] | None, clients: int) -> list[float]:
-    if not clients:
-        raise ConfigError("aggregate: expected at least one update, received none.")
-    by = [1.0] * clients if weights is None else [float(weight) for weight in weights]
-    if len(by) != clients or not all(0 < weight < math.inf for weight in by):
-        raise ConfigError(f"weights: expected {clients} numbers > 0, received {by}.")
-    return by
+def _ranks(parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
+    """Module -> the largest rank there is; empty without a reference, whose rank is the global."""
+    if not parameters[0]:
+        return {}
+    held = [ranks_in(params) for params in parameters]
+    return {name: max(ranks.get(name, 0) for ranks in held) for name in held[1]}
 
 
 def _step(
     name: str,
     method: Method,
     params: dict[str, Tensor],
-    reference: Mapping[str, Tensor] | None,
+    reference: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The server's step on every tensor, where the method has one of its own."""
     server = method.server if isinstance(method, Combined) else method
     if type(server).step is Method.step:
         return params
-    missing = sorted(params.keys() - (reference or {}).keys())
-    if reference is None or missing:
+    missing = sorted(params.keys() - reference.keys())
+    if missing:
         raise ConfigError(
             f"{name}: expected `reference` with the previous global value of `{missing[0]}`, "
             "received none."
         )
+    for key, value in sorted(params.items()):
+        if value.shape != reference[key].shape:  # the rule has changed the rank
+            raise ManifestError(
+                f"reference: `{key}`: {name} expected {Entry.of(value)}, as the round has made it, "
+                f"received {Entry.of(reference[key])}. Give the global adapter at that rank."
+            )
     return {key: method.step(reference[key], value, {})[0] for key, value in params.items()}

@@ -14,7 +14,13 @@ from fedtune.strategies.lora.manifests import like, ranks_of
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b, lora_modules, variants
 from fedtune.strategies.registry import for_mixed_ranks
 
-__all__ = ["check_agreement", "check_ranks", "check_variants", "rank_objection"]
+__all__ = [
+    "check_agreement",
+    "check_ranks",
+    "check_reference",
+    "check_variants",
+    "rank_objection",
+]
 
 MOST_RANK = 64  # that a client may have even in a smaller layer
 DORA = "a DoRA weight is normalised, so a product of factors is not what it adds"
@@ -83,7 +89,29 @@ def check_agreement(
                     f"update 0, received {len(update)}. Send the same tensors everywhere."
                 )
             _check_tensor(f"update {client}: `{name}`", method, properties, first, update, name)
-        _check_ranks(client, update)
+        _check_ranks(f"update {client}", update)
+
+
+def check_reference(
+    method: str,
+    properties: Properties,
+    update: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+) -> None:
+    """Refuse a reference that is not what an update has changed: other shapes or dtypes.
+
+    What it holds beside the tensors of the update is static, and completes its LoRA layers.
+
+    Raises:
+        ManifestError: names the first tensor, in sorted order.
+    """
+    for name in sorted(reference.keys() & update.keys()):
+        _check_tensor(f"reference: `{name}`", method, properties, update, reference, name)
+    modules = lora_modules(update).values()
+    held = {name for module in modules for name in (module.a, module.b)}
+    _check_ranks("reference", {name: reference[name] for name in held & reference.keys()})
+    static = {name: reference[name] for name in held & reference.keys() - update.keys()}
+    _check_ranks("reference", {**static, **update})
 
 
 def _check_tensor(
@@ -123,12 +151,19 @@ def _differ(left: Entry, right: Entry) -> set[int]:
     return {i for i, (one, other) in pairs if one != other}
 
 
-def _check_ranks(client: int, update: Mapping[str, Tensor]) -> None:
+def _check_ranks(where: str, update: Mapping[str, Tensor]) -> None:
+    """Refuse factors that are no matrices (or convolutions) of one rank, at least 1."""
     for module in lora_modules(update).values():
+        for name in (module.b, module.a):
+            if name in update and (update[name].ndim < 2 or not update[name].numel()):
+                raise ManifestError(
+                    f"{where}: `{name}`: expected a LoRA factor, (out, r) or (r, in), received "
+                    f"{Entry.of(update[name])}. Send what `collect` returns."
+                )
         if module.b in update and module.a in update:
             b, a = update[module.b].shape[1], update[module.a].shape[0]
             if a != b:
                 raise ManifestError(
-                    f"update {client}: `{module.name}`: expected one rank, received {b} in lora_B "
+                    f"{where}: `{module.name}`: expected one rank, received {b} in lora_B "
                     f"and {a} in lora_A. Send both factors of one adapter."
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import Field
+from numbers import Real
 from typing import Any
 
 from fedtune.errors import ConfigError
@@ -155,8 +156,9 @@ def _route(
 def _checked(given: str, value: float, item: Field[Any]) -> float:
     """In its range, and whole where the default is."""
     allowed = item.metadata.get("range")
-    if allowed is not None and not (math.isfinite(value) and allowed.holds(value)):
+    finite = isinstance(value, Real) and math.isfinite(value)
+    if allowed is not None and not (finite and allowed.holds(value)):
         raise ConfigError(
-            f"--strategy_args: {given}: expected {allowed.expected}, received {value}."
+            f"--strategy_args: {given}: expected {allowed.expected}, received {value!r}."
         )
     return int(value) if isinstance(item.default, int) else value

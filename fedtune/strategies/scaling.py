@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ConfigError
+from fedtune.strategies.given import is_number
 from fedtune.strategies.lora.names import LoraModule, lora_modules
 
 __all__ = ["Scaling", "common_scaling"]
@@ -34,12 +35,12 @@ def common_scaling(
     Raises:
         ConfigError: a list of another length, a module without a scaling, or one that is not > 0.
     """
-    if isinstance(scaling, Sequence) and len(scaling) != len(updates):
+    own = _one_each(scaling, len(updates))
+    if len(own) != len(updates):
         raise ConfigError(
-            f"scaling: expected one per update ({len(updates)}), received {len(scaling)}. "
+            f"scaling: expected one per update ({len(updates)}), received {len(own)}. "
             "Give a number, a dict by module, or a list with one of them per update."
         )
-    own = scaling if isinstance(scaling, Sequence) else [scaling] * len(updates)
     modules = lora_modules(updates[0])
     common = {}
     changed = [dict(update) for update in updates]
@@ -52,6 +53,21 @@ def common_scaling(
     return list(changed), common
 
 
+def _one_each(scaling: Scaling, clients: int) -> Sequence[float | Mapping[str, float]]:
+    """One scaling per client, each of numbers > 0."""
+    listed = isinstance(scaling, Sequence) and not isinstance(scaling, str)
+    own = list(scaling) if listed else [scaling] * clients  # type: ignore[arg-type]
+    for one in own:
+        for module, value in one.items() if isinstance(one, Mapping) else [("", one)]:
+            if not is_number(value) or not 0 < value < math.inf:  # type: ignore[operator]
+                where = f" for `{module}`" if module else ""
+                raise ConfigError(
+                    f"scaling: expected a number > 0{where}, received {value!r}. Give a number, a "
+                    "dict by module, or a list with one of them per update."
+                )
+    return own  # type: ignore[return-value]
+
+
 def _of(scaling: float | Mapping[str, float], module: str) -> float:
     value = scaling.get(module) if isinstance(scaling, Mapping) else scaling
     if value is None:
@@ -59,8 +75,6 @@ def _of(scaling: float | Mapping[str, float], module: str) -> float:
             f"scaling: expected one for every LoRA module, received none for `{module}`. "
             "Name it without `.lora_A.weight`."
         )
-    if not 0 < value < math.inf:
-        raise ConfigError(f"scaling: expected a number > 0 for `{module}`, received {value}.")
     return float(value)
 
 

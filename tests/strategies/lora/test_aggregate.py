@@ -194,6 +194,61 @@ REFUSED: dict[str, tuple[str, list[Params], dict[str, Any], str]] = {
     "A is trained": ("ffa_lora", three(), {}, "`q`: ffa_lora expected one factor that is equal"),
     "both are trained": ("rolora", three(), {}, "`q`: rolora expected one factor"),
     "no reference": ("fedadam", three(), {}, "expected `reference`"),
+    "method, type": (3, three(), {"weights": None}, "the name of a method, received 3"),
+    "updates, type": ("fedavg", lora(), {}, "expected a list with one dict .* received dict"),
+    "update, type": ("fedavg", [*three(), None], {}, "update 3: expected a dict .* received None"),
+    "update, key": ("fedavg", broken(put(3, torch.ones(1))), {}, "update 1: expected names"),
+    "update, array": (
+        "fedavg",
+        broken(put("score.weight", torch.ones(3, 4).numpy())),
+        {},
+        "update 1: `score.weight`: expected a dense torch tensor, received ndarray",
+    ),
+    "update, sparse": (
+        "fedavg",
+        broken(put("score.weight", torch.ones(3, 4).to_sparse())),
+        {},
+        "received a sparse",
+    ),
+    "update, factor": (
+        "flora",
+        [{"q.lora_A.weight": torch.ones(2), "q.lora_B.weight": torch.ones(2)}],
+        {},
+        "`q.lora_B.weight`: expected a LoRA factor",
+    ),
+    "update, rank 0": ("flora", [lora(0)], {}, "expected a LoRA factor"),
+    **{
+        f"weights, {given!r}": ("fedavg", three(), {"weights": given}, "expected 3 numbers > 0")
+        for given in (
+            3,
+            "123",
+            [0, 0, 0],
+            [1, math.nan, 1],
+            [1, "2", 3],
+            [1, math.inf, 1],
+            {0: 1},
+            [True] * 3,
+            [1e200] * 3,
+            [1, 1e-320, 1],
+            [[1], [1], [1]],
+        )
+    },
+    **{
+        f"scaling, {given!r}": ("fedavg", three(), {"scaling": given}, "expected a number > 0")
+        for given in (
+            "2",
+            None,
+            math.nan,
+            [1, None, 1],
+            {"q": "2"},
+            {"q": -1.0},
+            [{"q": math.inf}] * 3,
+        )
+    },
+    "scaling of nothing": ("fedavg", [{"w": torch.ones(2)}], {"scaling": -1}, "a number > 0"),
+    "setting, text": ("flexlora", three(), {"energy": "0.5"}, "expected .* received '0.5'"),
+    "setting, None": ("fedavgm", three(), {"lr": None}, "lr: expected a number > 0, received None"),
+    "setting, list": ("fedavgm", three(), {"beta": [0.5]}, "beta: expected a number"),
     "a correction": ("fedprox", three(), {}, "fedprox changes how clients train"),
     "a correction, joined": ("scaffold+median", three(), {}, "scaffold does not go with median"),
     "steps": ("fednova+fedadam", three(), {}, "number of steps"),
@@ -209,6 +264,77 @@ def test_refused_in_one_line(case: str) -> None:
     assert "\n" not in str(caught.value)
     kind = ConfigError if options or case in ("unknown method", "no lora") else FedtuneError
     assert isinstance(caught.value, kind)
+
+
+def with_q(b: tuple[int, ...], a: tuple[int, ...]) -> Params:
+    """A reference whose layer has factors of other shapes."""
+    return {**lora(), "q.lora_B.weight": torch.ones(b), "q.lora_A.weight": torch.ones(a)}
+
+
+BAD_REFERENCES: dict[str, tuple[str, Any, str]] = {
+    **{
+        f"shape {shape}": (
+            name,
+            {**lora(), "score.weight": torch.ones(shape)},
+            r"reference: `score.weight`: expected float32 \[3, 4\] as in update 0, received",
+        )
+        for shape, name in {
+            (1, 4): "fedavgm",
+            (): "diloco",
+            (5, 3, 4): "fedadam",
+            (7, 4): "fedyogi",
+            (3, 1): "fedavg",
+        }.items()
+    },
+    "dtype": ("fedavgm", lora(dtype=torch.float64), "expected float32 .* received float64"),
+    "nan": (
+        "fedavgm",
+        {**lora(), "score.weight": torch.full((3, 4), math.nan)},
+        "reference: `score.weight`: expected finite numbers",
+    ),
+    "inf, of a method without a step": (
+        "hetlora",
+        {**lora(), "score.weight": torch.full((3, 4), math.inf)},
+        "reference: `score.weight`: expected finite",
+    ),
+    "rank": ("fedex_lora", with_q((4, 3), (3, 5)), "expected equal ranks"),
+    "one rank": ("hetlora", with_q((4, 3), (2, 5)), "reference: `q`: expected one rank"),
+    "another layer": ("raflora", with_q((4, 2), (2, 6)), "reference: `q.lora_A.weight`"),
+    "type": ("fedavgm", [lora()], "reference: expected a dict of tensors by name, received list"),
+    "value": ("fedavgm", {**lora(), "score.weight": 1.0}, "received float"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REFERENCES)
+def test_a_reference_is_checked_as_updates_are(case: str) -> None:
+    name, reference, message = BAD_REFERENCES[case]
+    kind = ConfigError if case in ("type", "value") else ManifestError
+    with pytest.raises(kind, match=message) as caught:
+        fedtune.aggregate(name, three(), reference=reference)
+    assert "\n" not in str(caught.value)
+
+
+def test_static_factors_fit_those_that_travel() -> None:
+    sent = [{n: t for n, t in u.items() if n != "q.lora_A.weight"} for u in three()]
+    with pytest.raises(ManifestError, match="reference: `q`: expected one rank"):
+        fedtune.aggregate("ffa_lora", sent, reference={"q.lora_A.weight": torch.ones(5, 5)})
+
+
+def test_the_global_rank_is_that_of_the_reference() -> None:
+    """As in a run, where it does not shrink because its largest client was not sampled."""
+    out = fedtune.aggregate("hetlora+fedavgm", [lora(2), lora(1)], reference=lora(3, seed=9))
+    assert out.params["q.lora_A.weight"].shape == (3, 5)
+    with pytest.raises(ManifestError, match="reference: `q.lora_A.weight`: .* the round has made"):
+        fedtune.aggregate("hetlora+fedavgm", [lora(2), lora(3)], reference=lora(1))
+
+
+def test_weights_scaling_and_updates_of_other_number_types() -> None:
+    want = fedtune.aggregate("fedex_lora", three(), [1, 2, 5], scaling=2)
+    parameters = [{n: torch.nn.Parameter(t) for n, t in u.items()} for u in three()]
+    for weights in (torch.tensor([1, 2, 5]), (1.0, 2.0, 5.0), torch.tensor([1.0, 2, 5]).numpy()):
+        got = fedtune.aggregate("fedex_lora", tuple(parameters), weights, scaling=2.0)
+        assert all(torch.equal(got.params[n], want.params[n]) for n in want.params)
+        assert not any(t.requires_grad for t in got.params.values())
 
 
 def test_a_server_optimizer_starts_from_the_reference() -> None:

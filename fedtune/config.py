@@ -113,7 +113,9 @@ class DataArguments:
     partition_column: str | None = setting(
         None, "dirichlet: column whose mix is skewed (the label); column: natural owner of a row."
     )
-    min_rows: int | None = setting(None, "Fewest rows a client may get. Default: one batch.")
+    min_rows: int | None = setting(
+        None, "Fewest rows a client may get. Default: one batch. dirichlet and size fill up to it."
+    )
 
 
 @dataclass

@@ -205,12 +205,11 @@ DATA = {
         "received 3",
         "--num_clients to 3",
     ),
-    "no such draw": (
-        "--train_file good.jsonl --partition dirichlet --num_clients 4 --min_rows 2 "
-        "--partition_alpha 0.0001",
-        "--partition dirichlet",
-        "1,000 draws",
-        "--partition_alpha",
+    "too few rows under dirichlet": (
+        "--train_file good.jsonl --partition dirichlet --num_clients 4 --min_rows 4",
+        "--min_rows",
+        "4 clients x 4 rows",
+        "received 11",
     ),
     "one row": ("--max_rows 2 --num_clients 2 --min_rows 1", "--num_clients", "(1 rows)"),
     "too long": ("--train_file long.jsonl", "256 tokens", "row", "--max_length 256"),

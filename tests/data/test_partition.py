@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,7 @@ def test_laws_with_values(kind, values, num_clients, min_rows, alpha, seed):
     assert parts == parts_or_error(kind, values, num_clients, settings_)
     if isinstance(parts, str):  # an impossible request is refused
         assert "Fix: " in parts
+        assert kind == "column" or num_clients * min_rows > len(values)
         return
     assert_laws(parts, len(values), num_clients, min_rows)
 
@@ -189,12 +191,40 @@ def test_bad_requests_are_refused_in_one_line(kind, rows, clients, more, error, 
     assert "\n" not in str(caught.value)
 
 
-def test_dirichlet_gives_up_after_1000_draws():
-    with pytest.raises(DataError) as caught:
-        partition("dirichlet", 40, 10, values=["a"] * 40, alpha=0.01, min_rows=4)
-    assert "in 1,000 draws of 40 rows (alpha 0.01) the smallest client got at most 0" in str(
-        caught.value
-    )
+@pytest.mark.parametrize("labels", [1, 2, 10])
+@pytest.mark.parametrize("clients", [10, 50])
+@pytest.mark.parametrize("alpha", [0.5, 0.05, 0.001])
+def test_dirichlet_fills_up_small_clients(labels, clients, alpha, caplog):
+    values = [i % labels for i in range(6000)]
+    free = partition_free(values, clients, alpha)
+    caplog.clear()
+    parts = partition("dirichlet", 6000, clients, values=values, alpha=alpha, min_rows=8)
+    assert_laws(parts, 6000, clients, 8)
+    # One draw: clients with enough rows of their own only ever give, and no row moves in vain.
+    missing = sum(max(0, 8 - size) for size in free)
+    taken = sum(max(0, size - len(part)) for size, part in zip(free, parts, strict=True))
+    assert taken == missing
+    said = [record.message for record in caplog.records]
+    few = sum(size < 8 for size in free)
+    if missing:
+        assert f"{few} of {clients} clients drew fewer than 8 rows; {missing} rows" in said[0]
+    else:
+        assert not said
+
+
+def partition_free(values, clients, alpha, seed=42):
+    """Sizes as drawn, by the definition: multinomial counts of Dirichlet shares, label by label."""
+    rng = np.random.default_rng(seed)
+    sizes = np.zeros(clients, dtype=int)
+    for label in sorted(set(values), key=str):
+        shares = rng.dirichlet([alpha] * clients)
+        sizes += rng.multinomial(values.count(label), shares)
+    return sizes.tolist()
+
+
+def test_dirichlet_gives_every_client_its_share_where_all_rows_are_needed(caplog):
+    parts = partition("dirichlet", 40, 10, values=["a"] * 40, alpha=0.01, min_rows=4)
+    assert [len(part) for part in parts] == [4] * 10
 
 
 def test_kinds_match_the_flag():

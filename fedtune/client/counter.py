@@ -1,24 +1,21 @@
-"""Counts what a Trainer trains on or scores: examples and label tokens, from the batches it sees.
-
-A token counts when the loss sees it: labels that are not -100; causal models shift labels, so
-position 0 of a row never counts there. Preference pairs have no labels but a mask of completions.
-"""
+"""Counts what a Trainer trains on or scores: rows and tokens of the batches it sees."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from fedtune.client.batches import BatchSize, count_batch
 from fedtune.client.undisturbed import same_rng
 
-__all__ = ["BatchCounter", "HeldOut", "held_out"]
+__all__ = ["BatchCounter", "HeldOut", "held_out", "size_of"]
 
-IGNORED = -100
+log = logging.getLogger(__name__)
 
 
 class BatchCounter:
@@ -35,12 +32,12 @@ class BatchCounter:
     def reset(self) -> None:
         """Start from zero."""
         self.examples = 0
-        self._tokens: list[Tensor] = []
+        self._tokens: list[int | Tensor] = []
         self._losses: list[Tensor] = []
 
     @property
     def tokens(self) -> int:
-        """Label tokens so far."""
+        """Tokens so far."""
         return sum(int(count) for count in self._tokens)
 
     @property
@@ -52,13 +49,15 @@ class BatchCounter:
         step = self._trainer.training_step
 
         def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-            counts = _count(inputs, _shifts(self._trainer))
+            size = size_of(self._trainer, inputs)
             loss = step(model, inputs, *args, **kwargs)
-            if counts is not None:
-                self.examples += counts[0]
-                # Kept as tensors: reading a number here could wait for the device at every step.
-                self._tokens.append(counts[1])
+            self.examples += size.rows
+            # Kept as tensors: reading a number here could wait for the device at every step.
+            self._tokens.append(size.tokens)
             self._losses.append(loss)
+            if size.by_rows and self._trainer not in _told:
+                _told.add(self._trainer)
+                log.warning("batches have neither labels nor ids: their rows count as tokens.")
             return loss
 
         vars(self._trainer)["training_step"] = counted
@@ -66,6 +65,9 @@ class BatchCounter:
 
     def __exit__(self, *_: object) -> None:
         del vars(self._trainer)["training_step"]
+
+
+_told: WeakSet[Trainer] = WeakSet()
 
 
 class HeldOut(NamedTuple):
@@ -98,30 +100,19 @@ def _count_set(trainer: Trainer, name: str | None) -> HeldOut:
     batches = DataLoader(
         loader.dataset, trainer.args.per_device_eval_batch_size, collate_fn=loader.collate_fn
     )
-    counts = [_count(batch, _shifts(trainer)) or (0, 0) for batch in batches]
-    return HeldOut(sum(rows for rows, _ in counts), sum(int(tokens) for _, tokens in counts))
+    sizes = [size_of(trainer, batch) for batch in batches]
+    return HeldOut(sum(size.rows for size in sizes), sum(int(size.tokens) for size in sizes))
 
 
-def _shifts(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "_loss_shifts_labels", False))
+def size_of(trainer: Trainer, batch: Any) -> BatchSize:
+    """Rows and tokens of a batch as `trainer` takes it."""
+    shifts = bool(getattr(trainer, "_loss_shifts_labels", False))
+    return count_batch(batch, shifts=shifts, padding=_padding(trainer))
 
 
-def _count(inputs: Mapping[str, Any], shifted: bool) -> tuple[int, Tensor] | None:
-    """Rows and label tokens of a batch, or None when it has nothing to count."""
-    labels = inputs.get("labels")
-    if labels is None:
-        return _count_pairs(inputs.get("completion_mask"))
-    seen = labels[..., 1:] if shifted and labels.dim() > 1 else labels
-    return _rows(labels, inputs.get("position_ids")), (seen != IGNORED).sum()
-
-
-def _count_pairs(mask: Tensor | None) -> tuple[int, Tensor] | None:
-    """Chosen completions above, rejected ones below; a pair is one example."""
-    return None if mask is None else (len(mask) // 2, mask[:, 1:].sum())
-
-
-def _rows(labels: Tensor, position_ids: Tensor | None) -> int:
-    """Rows of a batch; packed without padding they lie in one line, each starting at position 0."""
-    if position_ids is not None and len(labels) == 1:
-        return int((position_ids == 0).sum())
-    return len(labels)
+def _padding(trainer: Trainer) -> int | None:
+    for holder in ("data_collator", "processing_class"):
+        found = getattr(getattr(trainer, holder, None), "pad_token_id", None)
+        if isinstance(found, int):
+            return found
+    return None

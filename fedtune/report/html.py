@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedtune.report import logbook, results, text, transport
+from fedtune.report.concerns import concerns
 from fedtune.report.curves import Curve, gap_curves, loss_curves, traffic_curves
 from fedtune.report.markup import unbroken
 from fedtune.report.records import Summary, last
 from fedtune.report.series import load_rounds, load_summary, rounds_file
 from fedtune.report.style import style_sheet
 from fedtune.report.svg import Shape, esc, line_chart
-from fedtune.report.verdict import headline
+from fedtune.report.verdict import gaps, headline
 
 __all__ = ["render_report", "write_report"]
 
@@ -79,8 +80,13 @@ def _header(summary: Summary, name: str) -> str:
     return (
         f'<header><p class="eyebrow"><b>fedtune</b> / {name}</p>'
         f"<h1>{esc(unbroken(headline(summary)))}</h1>"
-        f'<ul class="chips">{chips}</ul></header>'
+        f'<ul class="chips">{chips}</ul>{_concerns(summary)}</header>'
     )
+
+
+def _concerns(summary: Summary) -> str:
+    lines = "".join(f"<li>{esc(unbroken(line))}</li>" for line in concerns(summary))
+    return f'<ul class="concerns">{lines}</ul>' if lines else ""
 
 
 def _loss_figure(summary: Summary) -> str:
@@ -121,10 +127,11 @@ def _caption(summary: Summary, curves: Sequence[Curve]) -> str:
 
 
 def _small_figures(summary: Summary) -> str:
-    gaps, traffic = gap_curves(summary), traffic_curves(summary)
-    width = 500 if gaps and traffic else 1070
+    gap, traffic = gap_curves(summary), traffic_curves(summary)
+    width = 500 if gap and traffic else 1070
+    samples = next((row.samples for row in gaps(summary) if row.arm == "centralized"), "")
     gap_chart = _both(
-        gaps,
+        gap,
         wide=Shape(width, 240, right=86),
         narrow=Shape(360, 230, right=76, left=40),
         x_title="round",
@@ -144,7 +151,7 @@ def _small_figures(summary: Summary) -> str:
     figures = "".join(
         f"<section><figure><h2>{title}</h2><figcaption>{note}</figcaption>{chart}</figure></section>"
         for title, note, chart in (
-            ("Gap to centralized", "Percent at equal samples; zero is no gap.", gap_chart),
+            ("Gap to centralized", f"Percent, {samples}; zero is no gap.", gap_chart),
             ("Traffic", "Cumulative MB on the wire, all clients.", traffic_chart),
         )
         if chart

@@ -111,6 +111,7 @@ class Summary:
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
     clients: tuple[ClientData, ...] = ()
+    base_loss: float | None = None  # of the base model without an adapter
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

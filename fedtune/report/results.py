@@ -5,9 +5,10 @@ from __future__ import annotations
 from fedtune.report import text
 from fedtune.report.markup import cell, low_high, section, sub, table, unbroken
 from fedtune.report.records import Summary
+from fedtune.report.rows import ArmRow, arm_rows, metric_names
 from fedtune.report.svg import esc
 from fedtune.report.transport import codec_of, moved, of_raw
-from fedtune.report.verdict import arm_rows, checks, gaps, metric_names, spread_text
+from fedtune.report.verdict import checks, gaps, spread_text
 
 __all__ = ["arms_section", "cards", "verdict_section"]
 
@@ -19,10 +20,9 @@ def cards(summary: Summary) -> str:
     for gap in gaps(summary):
         if gap.arm == "centralized_large_batch":
             continue
-        size = text.percent(gap.spread.mean, signed=True)
         tone = "" if gap.within_noise else "good" if gap.good else ""
         tone = "bad" if gap.arm == "local" and not gap.good and not gap.within_noise else tone
-        items.append(_card(gap.title, size, spread_text(gap.spread, summary.seeds), tone))
+        items.append(_card(gap.title, gap.size, spread_text(gap.spread, summary.seeds), tone))
     parity = summary.verdict.parity
     if parity is not None:
         big = "identical" if parity.identical else "differs"
@@ -30,11 +30,16 @@ def cards(summary: Summary) -> str:
         note = "to the plain Trainer" if parity.identical else f"from the plain Trainer{step}"
         items.append(_card("One-client parity", big, note, "good" if parity.identical else "bad"))
     if len(items) == 1:  # nothing was compared
-        best = f"round {us.best_round}" if us.best_round else text.DASH
-        items.append(_card("Best round", text.loss(us.best), best))
+        items.append(_card("Best round", text.loss(us.best), _round(us) or text.DASH))
         items.append(_card("Time", f"{text.seconds(us.wall_s)} s", "of all rounds"))
     items.append(_traffic_card(summary))
     return f'<div class="cards">{"".join(items)}</div>'
+
+
+def _round(row: ArmRow) -> str:
+    if row.best_round is None:
+        return ""
+    return f"round {row.best_round}" if row.best_round else "round 0 (initial adapter)"
 
 
 def _card(label: str, big: str, note: str, tone: str = "") -> str:
@@ -66,7 +71,7 @@ def verdict_section(summary: Summary) -> str:
             [
                 cell(gap.title, "name"),
                 f'<td class="n">{text.loss(gap.other)}{low_high(ranges.get(gap.arm))}</td>',
-                f'<td class="n"><b>{text.percent(gap.spread.mean, signed=True)}</b>'
+                f'<td class="n"><b>{gap.size}</b>'
                 f'<span class="sub wrap">{esc(spread_text(gap.spread, summary.seeds))}</span>'
                 f"{sub(reading)}</td>",
             ]
@@ -104,7 +109,7 @@ def arms_section(summary: Summary) -> str:
     heads += [f"#{name}" for name in metrics]
     rows, classes = [], []
     for row in arms:
-        best = f"round {row.best_round}" if row.best_round else ""
+        best = _round(row)
         classes.append("us" if row.arm == "federated" else "")
         rows.append(
             [

@@ -27,6 +27,8 @@ p.note,figcaption{margin:0 0 16px;max-width:72ch;color:var(--soft);font-size:13.
 .chips{display:flex;flex-wrap:wrap;gap:6px 20px;margin:16px 0 0;padding:0;list-style:none;
 color:var(--soft);font-size:13.5px}
 .chips b{color:var(--ink);font-weight:550}
+.concerns{margin:18px 0 0;padding:12px 16px 12px 34px;background:var(--warnbg);
+border:1px solid var(--rule);border-radius:10px;color:var(--bad);font-size:14px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(168px,1fr));gap:12px;
 margin:28px 0 12px}
 .card,section,details{background:var(--card);border:1px solid var(--rule);border-radius:10px}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedtune.report import text
+from fedtune.report.concerns import concerns, made_worse
 from fedtune.report.curves import run_names
 from fedtune.report.records import Summary, final
+from fedtune.report.rows import arm_rows, metric_names
 from fedtune.report.transport import codec_of, moved, of_raw
-from fedtune.report.verdict import arm_rows, checks, gaps, headline, metric_names, spread_text
+from fedtune.report.verdict import checks, gaps, headline, spread_text
 
 __all__ = ["comparison_table", "traffic_table", "verdict_lines"]
 
@@ -22,7 +24,7 @@ def comparison_table(summary: Summary) -> str:
     metrics = metric_names(arms)
     rows = [(*COLUMNS, *metrics)]
     for row in arms:
-        best = f"{text.loss(row.best)} ({row.best_round})" if row.best_round else text.DASH
+        best = text.DASH if row.best is None else f"{text.loss(row.best)} ({row.best_round})"
         rows.append(
             (
                 row.label,
@@ -67,23 +69,23 @@ def _less(raw: float | None, sent: float | None) -> str:
 
 def verdict_lines(summary: Summary) -> list[str]:
     """What the comparison shows, one finding a line, each with its numbers."""
-    arms = arm_rows(summary)
-    final = text.loss(arms[0].final)
+    ours = text.loss(final(summary.federated.mean.eval_loss))
     lines = []
     for gap in gaps(summary):
         other = text.loss(gap.other)
-        size = text.percent(gap.spread.mean, signed=True)
         spread = f"({spread_text(gap.spread, summary.seeds)})"
         if gap.arm == "local":
-            lines.append(f"federated {final} vs local only {other}: gain {size} {spread}")
+            lines.append(f"federated {ours} vs local only {other}: gain {gap.size} {spread}")
         else:
             name = gap.arm.replace("_", " ")
             lines.append(
-                f"federated {final} vs {name} {other} at equal samples: gap {size} {spread}"
+                f"federated {ours} vs {name} {other} {gap.samples}: gap {gap.size} {spread}"
             )
+    worries = concerns(summary)
+    if not lines and not made_worse(summary):
+        lines = [headline(summary)]
     found = [f"{check.title}: {check.words}" for check in checks(summary)]
-    lost = [f"{row.label}: diverged, no final loss" for row in arms[1:] if row.final is None]
-    return [*(lines or [headline(summary)]), *lost, *found, *_cost(summary)]
+    return [*worries, *lines, *found, *_cost(summary)]
 
 
 def _cost(summary: Summary) -> list[str]:

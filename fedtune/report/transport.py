@@ -8,8 +8,8 @@ from dataclasses import astuple
 from fedtune.report import text
 from fedtune.report.markup import cell, section, table
 from fedtune.report.records import RoundRow, Summary, WireBytes
+from fedtune.report.rows import total
 from fedtune.report.svg import esc
-from fedtune.report.verdict import total
 
 __all__ = ["codec_of", "moved", "of_raw", "transport_section"]
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.report import text
-from fedtune.report.curves import ARM_LABELS
-from fedtune.report.records import Spread, Summary, Values, final, last
+from fedtune.report.concerns import made_worse
+from fedtune.report.records import Spread, Summary, final, last
 
 __all__ = [
-    "ArmRow",
     "Check",
     "Gap",
-    "arm_rows",
     "checks",
     "gaps",
     "headline",
-    "metric_names",
     "spread_text",
-    "total",
 ]
 
 
@@ -32,6 +27,17 @@ class Gap:
     other: float | None
     spread: Spread
     good: bool  # federated is at least as good
+    samples: str  # `at equal samples`, or how many each has seen
+
+    @property
+    def is_equal(self) -> bool:
+        """The difference is less than a percentage shows."""
+        return abs(self.spread.mean or 0) < 0.005
+
+    @property
+    def size(self) -> str:
+        """`+1.3 %`, or `equal`."""
+        return "equal" if self.is_equal else text.percent(self.spread.mean, signed=True)
 
     @property
     def within_noise(self) -> bool:
@@ -48,24 +54,6 @@ class Check:
     words: str
 
 
-@dataclass(frozen=True)
-class ArmRow:
-    """One arm at the end of the run."""
-
-    arm: str
-    label: str
-    before: float | None
-    final: float | None
-    final_range: tuple[float, float] | None
-    best: float | None
-    best_round: int | None
-    samples: float | None
-    bytes_up: float | None
-    bytes_down: float | None
-    wall_s: float | None
-    metrics: Mapping[str, float | None]
-
-
 def gaps(summary: Summary) -> list[Gap]:
     """Federated against each arm it was compared with, in the order of the verdict."""
     verdict = summary.verdict
@@ -77,43 +65,9 @@ def gaps(summary: Summary) -> list[Gap]:
     ):
         if spread is not None and spread.mean is not None:
             other = final(summary.arms[arm].mean.eval_loss) if arm in summary.arms else None
-            rows.append(Gap(arm, title, other, spread, sign * spread.mean >= 0))
+            good = sign * spread.mean >= 0
+            rows.append(Gap(arm, title, other, spread, good, _samples(summary, arm)))
     return rows
-
-
-def arm_rows(summary: Summary) -> list[ArmRow]:
-    """Before, after and cost of every arm."""
-    rows = []
-    for name in [*ARM_LABELS, *(name for name in summary.arms if name not in ARM_LABELS)]:
-        if name not in summary.arms:
-            continue
-        arm = summary.arms[name]
-        series = arm.mean
-        best_round = _best_round(series.eval_loss)
-        members = arm.clients if name == "local" and arm.clients else arm.runs
-        finals = [v for run in members if (v := final(run.eval_loss)) is not None]
-        rows.append(
-            ArmRow(
-                arm=name,
-                label=ARM_LABELS.get(name, name),
-                before=series.eval_loss[0] if series.eval_loss else None,
-                final=final(series.eval_loss),
-                final_range=(min(finals), max(finals)) if len(set(finals)) > 1 else None,
-                best=None if best_round is None else series.eval_loss[best_round],
-                best_round=best_round,
-                samples=last(series.samples),
-                bytes_up=total(series.bytes_up),
-                bytes_down=total(series.bytes_down),
-                wall_s=total(series.wall_s),
-                metrics={name: last(values) for name, values in series.metrics.items()},
-            )
-        )
-    return rows
-
-
-def metric_names(rows: Sequence[ArmRow]) -> list[str]:
-    """Task metrics of any arm, in order of first sight."""
-    return list(dict.fromkeys(name for row in rows for name in row.metrics))
 
 
 def headline(summary: Summary) -> str:
@@ -123,13 +77,11 @@ def headline(summary: Summary) -> str:
     rounds = f"{summary.rounds} round{'' if summary.rounds == 1 else 's'}"
     if after is None:
         return f"No held-out loss was recorded in {rounds}."
+    if worse := made_worse(summary):
+        return f"{worse[0].upper()}{worse[1:]}."
     gap = next((gap for gap in gaps(summary) if gap.arm == "centralized"), None)
-    if gap is not None and gap.spread.mean is not None:
-        size = text.percent(abs(gap.spread.mean))
-        if gap.within_noise:
-            return f"No measurable gap to centralized: {size}, less than the seeds differ."
-        side = "below" if gap.good else "above"
-        return f"Federated loss ends {size} {side} centralized at equal samples."
+    if gap is not None:
+        return _of_gap(gap)
     if before is None:
         return f"Federated training reaches a held-out loss of {text.loss(after)} in {rounds}."
     verb = "lowers" if after < before else "does not lower"
@@ -137,6 +89,37 @@ def headline(summary: Summary) -> str:
         f"Federated training {verb} held-out loss: "
         f"{text.loss(before)} to {text.loss(after)} in {rounds}."
     )
+
+
+def _of_gap(gap: Gap) -> str:
+    size = text.percent(abs(gap.spread.mean or 0))
+    if gap.is_equal:
+        return f"Federated loss ends equal to centralized {gap.samples}."
+    if gap.within_noise:
+        return f"No measurable gap to centralized: {size}, less than the seeds differ."
+    side = "below" if gap.good else "above"
+    return f"Federated loss ends {size} {side} centralized {gap.samples}."
+
+
+def _samples(summary: Summary, arm: str) -> str:
+    """`at equal samples` where the counts agree to one batch of the arm, else the counts."""
+    counts = [
+        summary.arms[name].mean.samples for name in ("federated", arm) if name in summary.arms
+    ]
+    ours, other = final(counts[0]), final(counts[-1])
+    if ours is None or other is None:
+        return "at samples not counted"
+    if abs(ours - other) <= _batch(summary, arm):
+        return "at equal samples"
+    return f"at {text.count(ours)} samples against {text.count(other)}"
+
+
+def _batch(summary: Summary, arm: str) -> float:
+    """Samples of one optimizer step of an arm; 0 where the settings do not say."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    sizes = [float(summary.setting(name) or 0) for name in names]
+    clients = float(summary.setting("num_clients") or 1)
+    return sizes[0] * sizes[1] * (clients if arm == "centralized_large_batch" else 1)
 
 
 def checks(summary: Summary) -> list[Check]:
@@ -151,18 +134,6 @@ def spread_text(spread: Spread, seeds: int) -> str:
         return "1 seed" if seeds < 2 else f"{seeds} seeds"
     digits = 1 if spread.std >= 0.1 or spread.std == 0 else 2
     return f"\N{PLUS-MINUS SIGN} {spread.std:.{digits}f} over {seeds} seeds"
-
-
-def total(values: Values) -> float | None:
-    """Sum of the known values; None where nothing was counted."""
-    known = [value for value in values if value is not None]
-    return sum(known) if any(known) else None
-
-
-def _best_round(values: Values) -> int | None:
-    """Round with the lowest loss, round 0 excluded."""
-    known = [(value, index) for index, value in enumerate(values) if index and value is not None]
-    return min(known)[1] if known else None
 
 
 def _fixed_global(summary: Summary) -> Check | None:

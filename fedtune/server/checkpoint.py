@@ -38,7 +38,7 @@ class ServerState:
         client_rounds: last round whose update was taken, per client.
         durable: `client_rounds` of the durable rounds that are kept, by round.
         history: one record per round, index 0 before training.
-        best: round and loss of the best global model, without round 0.
+        best: round and loss of the best global model; round 0 where no round beat it.
     """
 
     round: int

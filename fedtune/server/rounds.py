@@ -96,6 +96,7 @@ def run_rounds(
     arrays = to_arrays(state.params)
     if not state.history:
         first = _first_record(grid, strategy, arrays, plan, before)
+        _keep_best(state, first)
         state.history.append(first)
         on_round(state, first)
     for number in range(state.round + 1, plan.num_rounds + 1):
@@ -106,12 +107,17 @@ def run_rounds(
         _warn_of_size(state.base, memory.base)
         state.manifest, state.method_state = memory.manifest, memory.method_state
         state.base, state.control_clients = memory.base, memory.control_clients
-        loss = record["eval_loss"]
-        if loss is not None and (not state.best or loss < state.best["eval_loss"]):
-            state.best = {"round": number, "eval_loss": loss}
+        _keep_best(state, record)
         state.history.append(record)
         on_round(state, record)
     return state
+
+
+def _keep_best(state: ServerState, record: dict[str, Any]) -> None:
+    """Of equal losses the earlier: a round is best only when it beat all before it."""
+    loss = record["eval_loss"]
+    if loss is not None and (not state.best or loss < state.best["eval_loss"]):
+        state.best = {"round": record["round"], "eval_loss": loss}
 
 
 def _first_record(

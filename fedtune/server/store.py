@@ -69,7 +69,7 @@ class RunStore:
         """Keep the outcome of a finished round (or of round 0, before training)."""
         kind = "model" if state.manifest.peft_type == FULL else "adapter"
         self._export(self._directory / kind, state)
-        if state.best.get("round") == state.round and state.round:
+        if state.best.get("round") == state.round:
             self._export(self._directory / "best", state)
         if not state.round:
             checkpoint.save(self._checkpoints / "start", state)

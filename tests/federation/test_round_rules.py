@@ -333,15 +333,19 @@ def test_a_global_model_without_a_finite_loss_ends_the_run(tmp_path: Path, loss:
     assert torch.equal(load_exported(tmp_path / "adapter")[0]["b"], torch.full((3,), 1.5))
 
 
-def test_best_is_the_lowest_loss_after_round_0(tmp_path: Path) -> None:
-    """Losses 0, 3, 1, 2 over rounds 0 to 3: round 2 is best although round 0 is lower."""
-    losses = {0.0: 0.0, 1.5: 3.0, 3.0: 1.0, 4.5: 2.0}
-    script = Script(eval_loss=lambda params: losses[float(params["b"][0])])
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [([4.0, 3.0, 1.0, 2.0], 2), ([1.0, 3.0, 1.0, 2.0], 0), ([4.0, 1.0, 1.0, 2.0], 1)],
+    ids=["a round", "no round", "the first of two"],
+)
+def test_best_is_the_lowest_loss(tmp_path: Path, losses: list[float], best: int) -> None:
+    """And the initial adapter where no round beat it; each round adds 1.5 to the parameters."""
+    script = Script(eval_loss=lambda params: losses[round(float(params["b"][0]) / 1.5)])
     store = RunStore(tmp_path, num_rounds=3, save_every_rounds=1)
     state = result_of(serve(server_run(2, on_round=store.on_round), script))
-    assert eval_losses(state) == [0.0, 3.0, 1.0, 2.0]
-    assert state.best == {"round": 2, "eval_loss": 1.0}
-    assert torch.equal(load_exported(tmp_path / "best")[0]["b"], torch.full((3,), 3.0))
+    assert eval_losses(state) == losses
+    assert state.best == {"round": best, "eval_loss": losses[best]}
+    assert torch.equal(load_exported(tmp_path / "best")[0]["b"], torch.full((3,), 1.5 * best))
     assert torch.equal(load_exported(tmp_path / "adapter")[0]["b"], torch.full((3,), 4.5))
 
 

@@ -30,7 +30,7 @@ def test_the_table_has_every_arm_and_aligned_columns(run_dir: Path):
 
 def test_totals_and_best_round(tmp_path: Path):
     federated = {
-        "eval_loss": [1.0, 3.0, 2.0, 2.5],
+        "eval_loss": [4.0, 3.0, 2.0, 2.5],
         "samples": [0, 10, 20, 30],
         "bytes_up": [0, 1_000_000, 1_000_000, 1_000_000],
         "bytes_down": [500_000, 0, 0, 0],
@@ -39,7 +39,7 @@ def test_totals_and_best_round(tmp_path: Path):
     line = comparison_table(load(tmp_path, {"arms": {"federated": federated}})).splitlines()[-1]
     assert line.split() == [
         "federated",
-        "1.000",
+        "4.000",
         "2.500",
         "2.000",
         "(2)",

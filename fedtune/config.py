@@ -97,7 +97,7 @@ class DataArguments:
 
     dataset_name: str | None = setting(None, "Hub id of a data set (split `train`).")
     train_file: str | None = setting(
-        None, "jsonl, csv or parquet file. Default: the corpus inside the package."
+        None, "jsonl, json, csv, tsv or parquet file. Default: the corpus inside the package."
     )
     eval_file: str | None = setting(
         None, "Held-out file; without one, --eval_fraction is held out before partitioning."

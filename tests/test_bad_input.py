@@ -171,7 +171,12 @@ DATA = {
     "unknown kind": ("--train_file rows.txt", "--train_file", ".jsonl", "rows.txt"),
     "empty file": ("--train_file empty.jsonl", "empty.jsonl", "at least one row", "none"),
     "torn line": ("--train_file torn.jsonl", "torn.jsonl", "line 2"),
-    "no known columns": ("--train_file no_columns.jsonl", "instruction", "a, b", "--text_column"),
+    "no known columns": (
+        "--train_file no_columns.jsonl",
+        "instruction",
+        "'a', 'b'",
+        "--text_column",
+    ),
     "wrong text column": (
         "--train_file good.jsonl --text_column instructon",
         "--text_column",
@@ -181,11 +186,15 @@ DATA = {
     "wrong partition column": (
         "--train_file good.jsonl --partition column --partition_column silo",
         "--partition_column",
-        "instruction, output, site, label",
+        "'instruction', 'output', 'site', 'label'",
         "'silo'",
         "--partition iid",
     ),
-    "an empty cell": ("--train_file no_answer.jsonl", "`output`", "row 0"),
+    "an empty cell": (
+        "--train_file no_answer.jsonl",
+        "`output`",
+        "row 1 (line 1 of no_answer.jsonl) and 11 more rows",
+    ),
     "more clients than rows": (
         "--train_file good.jsonl --num_clients 20",
         "--num_clients",
@@ -236,7 +245,15 @@ def test_labels(script, place):
 
 def test_a_label_that_only_the_held_out_rows_have(place):
     flags = "--train_file good.jsonl --eval_file new_label.jsonl"
-    refused(place, SEQ_CLS, flags, "`label`", "x, y", "'z'", "row 0")
+    refused(
+        place,
+        SEQ_CLS,
+        flags,
+        "`label`",
+        "x, y",
+        "'z'",
+        "row 1 (line 1 of new_label.jsonl) and 3 more rows",
+    )
 
 
 def test_a_long_text_and_virtual_tokens(place):

@@ -1,92 +1,175 @@
-"""One file of rows, read by `datasets`, with errors that name the bad line."""
+"""One file of rows, whatever it is written as, with errors that name the bad line."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Json, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from fedtune.data.csv_rows import read_csv
+from fedtune.data.json_rows import read_json
+from fedtune.data.origin import mark
+from fedtune.data.text import BINARY, BadText, decode, say_once, unpack
 from fedtune.errors import DataError
 
 __all__ = ["READERS", "first_line", "not_empty", "quiet", "read_file"]
 
 READERS = {
     ".csv": "csv",
+    ".tsv": "csv",
     ".json": "json",
     ".jsonl": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
 }
-# pandas reads "NA", "null" and the empty string as missing: here they are text, as in jsonl
-READER_SETTINGS: dict[str, dict[str, Any]] = {"csv": {"na_filter": False}}
+PACKED = (".gz", ".zst")
+PARQUET = b"PAR1"
+
+
+class Table(NamedTuple):
+    """Rows of a file, and the line on which each begins, where they have lines."""
+
+    rows: Dataset
+    lines: Sequence[int] | None
 
 
 def read_file(path: Path, flag: str) -> Dataset:
-    """Rows of a csv, json, jsonl or parquet file; `flag` opens the error messages.
+    """Rows of a csv, tsv, json, jsonl or parquet file, packed or not; `flag` opens the errors.
+
+    What is guessed (encoding, delimiter, another kind than the name says) is logged in one line.
+    Every cell of a csv file is text. The rows know their line (see `origin`).
 
     Raises:
         DataError: the file is missing, of an unknown kind, empty or unreadable.
     """
-    reader = READERS.get(path.suffix.lower())
+    content = _content(path, flag)
+    try:
+        content = unpack(content)
+        table = _read(path, _kind(path, content, flag), content)
+        rows = _stripped(table.rows, path.name)
+    except BadText as error:
+        raise _unreadable(path, flag, str(error)) from error
+    return mark(not_empty(rows, f"{flag} {path}"), path.name, table.lines)
+
+
+def _content(path: Path, flag: str) -> bytes:
     if not path.exists():
-        near = [p.name for p in sorted(path.parent.glob("*")) if p.suffix.lower() in READERS]
+        near = [p.name for p in sorted(path.parent.glob("*")) if _suffix(p) in READERS]
         there = f" ({path.parent} has {', '.join(near[:5])})" if near else ""
         raise DataError(f"{flag}: expected a file, received {path}, which does not exist. "
                         f"Fix: check the path{there}.")  # fmt: skip
-    if reader is None or not path.is_file():
+    if not path.is_file():
+        raise _unknown(path, flag, "a directory")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
         raise DataError(
-            f"{flag}: expected a file that ends in {', '.join(READERS)}, received {path}. "
-            "Fix: convert or rename it; for a hub data set use --dataset_name."
-        )
-    if path.stat().st_size == 0:
+            f"{flag}: expected a file that can be read, received {path}: {error.strerror}. "
+            "Fix: check who may read it."
+        ) from None
+    if not content:
         raise _empty(f"{flag} {path}")
+    return content
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the kind: `.csv` of rows.csv.gz."""
+    inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return inner.suffix.lower()
+
+
+def _kind(path: Path, content: bytes, flag: str) -> str:
+    """Reader of these bytes: what they are comes before what the name says."""
+    named, found = READERS.get(_suffix(path)), None
+    binary = next((what for magic, what in BINARY.items() if content.startswith(magic)), None)
+    if binary is not None and named != "parquet":
+        raise _unknown(path, flag, binary)
+    if content.startswith(PARQUET):
+        found = "parquet"
+    elif named != "json" and content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+        found = "json"
+    if found is not None and found != named:
+        say_once(f"{path.name} is read as {found}, which it is.")
+    kind = found or named
+    if kind is None:
+        raise _unknown(path, flag, "another kind")
+    return kind
+
+
+def _read(path: Path, kind: str, content: bytes) -> Table:
+    if kind == "parquet":
+        return Table(_parquet(path, content), None)
+    text = decode(content, path.name)
+    if not text.strip():
+        return Table(Dataset.from_dict({}), None)
+    if kind == "csv":
+        columns, lines = read_csv(text, path.name, "\t" if _suffix(path) == ".tsv" else ",")
+        return Table(Dataset.from_dict(columns), lines)
+    rows, numbers = read_json(text, path.name)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(_dataset({name: [row.get(name) for row in rows] for name in names}), numbers)
+
+
+def _dataset(columns: dict[str, list[Any]]) -> Dataset:
+    """Columns of Python values, each kept as it is, whatever else its column holds."""
+    rows = Dataset.from_dict(columns, on_mixed_types="use_json")
+    # Arrow would make 1 of [1, 2.5] a fraction.
+    mixed = [name for name, cells in columns.items() if {int, float} <= set(map(type, cells))]
+    if not mixed:
+        return rows
+    features = Features({**rows.features, **{name: Json() for name in mixed}})
+    return Dataset.from_dict(columns, features=features)
+
+
+def _parquet(path: Path, content: bytes) -> Dataset:
     try:
         with quiet():
             # The content's hash is part of the cache key: datasets itself looks at the
             # modification time only, which a copy or an unpacked archive may preserve.
             rows: Dataset = load_dataset(
-                reader,
-                name=f"sha256-{_sha256(path)[:16]}",
+                "parquet",
+                name=f"sha256-{hashlib.sha256(content).hexdigest()[:16]}",
                 data_files=str(path),
                 split="train",
-                **READER_SETTINGS.get(reader, {}),
             )
-            rows.data.validate(full=True)  # else bytes that are no UTF-8 fail when first read
-    except Exception as error:  # each reader raises its own kinds; the user needs one line
+    except Exception as error:  # the reader raises many kinds; the user needs one line
         if "corresponds to no data" in str(error):
-            raise _empty(f"{flag} {path}") from error
-        reason = (_bad_json(path) if reader == "json" else None) or first_line(error)
-        raise DataError(
-            f"{flag}: expected readable {path.suffix[1:]}, received {path}: {reason}. "
-            "Fix: repair or remove that part of the file."
-        ) from error
-    return not_empty(rows, f"{flag} {path}")
+            return Dataset.from_dict({})
+        raise BadText(first_line(error)) from error
+    return rows
 
 
-def _bad_json(path: Path) -> str | None:
-    """What is wrong with the first bad line of JSON lines (or with a whole JSON document)."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    whole = content.lstrip()[:1] == b"["
-    for number, line in enumerate([content] if whole else content.split(b"\n"), start=1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno if whole else number} is no JSON ({error.msg})"
-        except UnicodeDecodeError as error:
-            line_number = content[: error.start].count(b"\n") + 1 if whole else number
-            return f"line {line_number} is not UTF-8"
-        for entry, item in enumerate(value if whole else [value], start=1):
-            if not isinstance(item, dict):
-                where = f"entry {entry}" if whole else f"line {number}"
-                return f"{where} is a JSON {type(item).__name__}, not an object"
-    return None
+def _stripped(rows: Dataset, name: str) -> Dataset:
+    """`rows` without the spaces around their columns' names."""
+    spaced = {column: column.strip() for column in rows.column_names if column != column.strip()}
+    if not spaced:
+        return rows
+    names = [column.strip() for column in rows.column_names]
+    if len(set(names)) < len(names):
+        raise BadText(f"its columns differ by spaces alone: {', '.join(map(repr, spaced))}")
+    say_once(f"{name}: spaces around {', '.join(map(repr, spaced.values()))} are taken off.")
+    return rows.rename_columns(spaced)
+
+
+def _unreadable(path: Path, flag: str, reason: str) -> DataError:
+    kind = "".join(path.suffixes[-2:]).lstrip(".") or "rows"
+    return DataError(
+        f"{flag}: expected readable {kind}, received {path}: {reason}. "
+        "Fix: repair or remove that part of the file."
+    )
+
+
+def _unknown(path: Path, flag: str, received: str) -> DataError:
+    return DataError(
+        f"{flag}: expected a file that ends in {', '.join(READERS)}, received {path}, {received}. "
+        "Fix: convert or rename it; for a hub data set use --dataset_name."
+    )
 
 
 def not_empty(rows: Dataset, source: str) -> Dataset:
@@ -98,11 +181,6 @@ def not_empty(rows: Dataset, source: str) -> Dataset:
 
 def _empty(source: str) -> DataError:
     return DataError(f"{source}: expected at least one row, received none. Fix: add rows to it.")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: Exception) -> str:

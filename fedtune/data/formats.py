@@ -7,13 +7,15 @@ it, and its default loss covers the completion only where there is a prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
 from fedtune.config import DataArguments
-from fedtune.data.columns import find_label_column, names_of, require_text
+from fedtune.data.columns import find_label_column, names_of, quoted, require_text
 from fedtune.data.detect import plain_texts, requests, row_format
+from fedtune.data.origin import Faults, bad_rows, derive, row_name
 from fedtune.errors import ConfigError, DataError
 
 __all__ = [
@@ -33,12 +35,17 @@ def as_language_rows(rows: Dataset, data: DataArguments, tokenizer: Any) -> Data
         ConfigError: `messages` and a tokenizer without a chat template.
         DataError: no format fits, or a cell is empty or of the wrong type.
     """
+    convert = partial(_language_rows, data=data, tokenizer=tokenizer)
+    return derive(rows, convert(rows), convert)
+
+
+def _language_rows(rows: Dataset, data: DataArguments, tokenizer: Any) -> Dataset:
     form = row_format(rows.column_names, data)
     if form.kind == "text":
         return Dataset.from_dict({"text": require_text(rows, form.request)})
     if form.kind == "messages":
         _check_chat_template(tokenizer)
-        _check_messages(rows["messages"])
+        _check_messages(rows)
         return rows.select_columns(["messages"])
     if form.kind == "pair":
         prompts = require_text(rows, form.request)
@@ -56,6 +63,11 @@ def as_label_prompt_rows(rows: Dataset, data: DataArguments) -> Dataset:
     Raises:
         DataError: no text or no label column, or an empty cell.
     """
+    convert = partial(_label_prompt_rows, data=data)
+    return derive(rows, convert(rows), convert)
+
+
+def _label_prompt_rows(rows: Dataset, data: DataArguments) -> Dataset:
     labels = names_of(rows, _label_column(rows, data))
     prompts = [label_prompt(text) for text in plain_texts(rows, data)]
     return _pairs(prompts, [f" {label}" for label in labels])
@@ -72,18 +84,27 @@ def as_classification_rows(
     Raises:
         DataError: no text or no label column, an empty cell, or a label that has no name.
     """
-    column = _label_column(rows, data)
     names = find_label_names(rows, data) if label_names is None else list(label_names)
+    convert = partial(_classification_rows, data=data, names=names)
+    return derive(rows, convert(rows), convert), names
+
+
+def _classification_rows(rows: Dataset, data: DataArguments, names: list[str]) -> Dataset:
+    column = _label_column(rows, data)
     ids = {name: i for i, name in enumerate(names)}
-    labels = names_of(rows, column)
-    for i, label in enumerate(labels):
-        if label not in ids:
-            raise DataError(
-                f"column `{column}`: expected one of {', '.join(names)}, received {label!r} in "
-                f"row {i} (rows count from 0). Fix: correct the row, or name all labels."
-            )
-    texts = plain_texts(rows, data)
-    return Dataset.from_dict({"text": texts, "labels": [ids[label] for label in labels]}), names
+
+    def unknown(some: Dataset) -> Faults:
+        labels = enumerate(names_of(some, column))
+        return [(i, repr(label)) for i, label in labels if label not in ids]
+
+    bad = bad_rows(rows, unknown)
+    if bad is not None:
+        raise DataError(
+            f"column `{column}`: expected one of {', '.join(names)}, received {bad.received} in "
+            f"{bad.where}. Fix: correct what is named, or name all labels."
+        )
+    labels = [ids[label] for label in names_of(rows, column)]
+    return Dataset.from_dict({"text": plain_texts(rows, data), "labels": labels})
 
 
 def find_label_names(rows: Dataset, data: DataArguments) -> list[str]:
@@ -120,7 +141,7 @@ def _label_column(rows: Dataset, data: DataArguments) -> str:
     column = find_label_column(rows.column_names, data)
     if column is None:
         raise DataError(
-            f"columns: expected a label, received {', '.join(rows.column_names)}. "
+            f"columns: expected a label, received {quoted(rows.column_names)}. "
             "Fix: name it with --label_column."
         )
     return column
@@ -135,8 +156,8 @@ def _check_chat_template(tokenizer: Any) -> None:
         )
 
 
-def _check_messages(conversations: Sequence[Any]) -> None:
-    for i, turns in enumerate(conversations):
+def _check_messages(rows: Dataset) -> None:
+    for i, turns in enumerate(rows["messages"]):
         good = isinstance(turns, list) and all(
             isinstance(turn, dict)
             and isinstance(turn.get("role"), str)
@@ -146,6 +167,6 @@ def _check_messages(conversations: Sequence[Any]) -> None:
         if not good or not turns:
             raise DataError(
                 "column `messages`: expected a list of {role, content} with text in both, "
-                f"received {str(turns)[:60]!r} in row {i} (rows count from 0). "
+                f"received {str(turns)[:60]!r} in {row_name(rows, i)}. "
                 "Fix: correct or remove the row."
             )

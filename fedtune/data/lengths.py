@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
+from fedtune.data.origin import UNKNOWN, row_name
 from fedtune.errors import DataError
 
 __all__ = [
@@ -77,6 +79,7 @@ def check_row_lengths(
         context=context_length(model.config),
         virtual_tokens=virtual_tokens(model),
         where=where,
+        name_row=partial(row_name, rows),
     )
 
 
@@ -87,6 +90,7 @@ def check_lengths(
     context: int | None,
     virtual_tokens: int = 0,
     where: str = "rows",
+    name_row: Callable[[int], str] = UNKNOWN.row,
 ) -> int:
     """Number of rows that `max_length` truncates; logs it when there are any.
 
@@ -121,8 +125,8 @@ def check_lengths(
     longer = sum(length > room for length in lengths)
     raise DataError(
         f"{where}: expected at most {room} tokens (the model's context{taken}), received "
-        f"{lengths[longest]} in row {longest} (rows count from 0; {longer} of {len(lengths)} rows "
-        f"are too long). Fix: --max_length {room} truncates them, or drop the long rows."
+        f"{lengths[longest]} in {name_row(longest)}; {longer} of {len(lengths)} rows are too long. "
+        f"Fix: --max_length {room} truncates them, or drop the long rows."
     )
 
 

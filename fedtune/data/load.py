@@ -9,6 +9,7 @@ from datasets import Dataset, load_dataset
 
 from fedtune.config import DataArguments
 from fedtune.data.files import READERS, first_line, not_empty, quiet, read_file
+from fedtune.data.origin import mark, select
 from fedtune.errors import ConfigError, DataError
 
 __all__ = ["hold_out", "load_rows", "load_split"]
@@ -54,7 +55,7 @@ def load_rows(data: DataArguments) -> Dataset:
         from fedtune.assets import CORPUS_FILE
 
         rows = read_file(CORPUS_FILE, "the corpus inside the package")
-    return rows if data.max_rows is None else rows.take(min(data.max_rows, len(rows)))
+    return rows if data.max_rows is None else select(rows, range(min(data.max_rows, len(rows))))
 
 
 def hold_out(rows: Dataset, fraction: float, *, data_seed: int) -> tuple[Dataset, Dataset]:
@@ -74,7 +75,7 @@ def hold_out(rows: Dataset, fraction: float, *, data_seed: int) -> tuple[Dataset
     # a stream of its own: the partition draws from the plain seed
     order = np.random.default_rng([data_seed, 1]).permutation(len(rows))
     held_out, kept = np.sort(order[:count]), np.sort(order[count:])
-    return rows.select(kept, keep_in_memory=True), rows.select(held_out, keep_in_memory=True)
+    return select(rows, kept.tolist()), select(rows, held_out.tolist())
 
 
 def _check_fraction(fraction: float) -> None:
@@ -99,4 +100,4 @@ def _read_hub(name: str) -> Dataset:
             f"--dataset_name: expected a data set with a split `train`, received {name!r}: "
             f"{first_line(error)}. Fix: check the id and the network, or use --train_file."
         ) from error
-    return not_empty(rows, f"--dataset_name {name}")
+    return mark(not_empty(rows, f"--dataset_name {name}"), name)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from fedtune.config import DataArguments
-from fedtune.data.columns import find_label_column, names_of, require_column
+from fedtune.data.columns import find_label_column, names_of, quoted, require_column
 from fedtune.data.load import load_split
+from fedtune.data.origin import select
 from fedtune.data.partition import partition
 from fedtune.errors import ConfigError
 
@@ -63,7 +64,7 @@ def make_silos(data: DataArguments, *, num_clients: int, min_rows: int, data_see
         owned = [_by_frequency([values[i] for i in part]) for part in indices]
     if values is not None and data.partition == "dirichlet":
         _warn_single_class(names, indices, values)
-    train = [rows.select(part, keep_in_memory=True) for part in indices]
+    train = [select(rows, part) for part in indices]
     return Silos(train, evaluation, names, indices, owned)
 
 
@@ -83,7 +84,7 @@ def _partition_column(rows: Dataset, data: DataArguments, label: str | None) -> 
     raise ConfigError(
         f"--partition {data.partition}: expected --partition_column, received none"
         f"{' and no label column was found' if data.partition == 'dirichlet' else ''}. "
-        f"Fix: --partition_column with one of {', '.join(rows.column_names)}."
+        f"Fix: --partition_column with one of {quoted(rows.column_names)}."
     )
 
 

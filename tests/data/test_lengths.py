@@ -98,7 +98,7 @@ def test_truncation_is_logged(caplog):
         (
             {"max_length": None, "context": 8, "where": "rows of client-1"},
             "rows of client-1: expected at most 8 tokens (the model's context), received 12 in row "
-            "2 (rows count from 0; 2 of 3 rows are too long). Fix: --max_length 8 truncates them, "
+            "3 (rows count from 1); 2 of 3 rows are too long. Fix: --max_length 8 truncates them, "
             "or drop the long rows.",
         ),
         (
@@ -137,5 +137,5 @@ def test_rows_against_a_model(tokenizer):
     assert readable_length(SimpleNamespace(config=config)) == 8
     assert readable_length(SimpleNamespace(config=T5Config())) is None
     assert check_row_lengths(rows, model, tokenizer, 5, "rows") == 1
-    with pytest.raises(DataError, match="held-out rows: expected at most 5 .*received 6 in row 2"):
+    with pytest.raises(DataError, match="held-out rows: expected at most 5 .*received 6 in row 3 "):
         check_row_lengths(rows, model, tokenizer, None, "held-out rows")

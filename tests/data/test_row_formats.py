@@ -21,7 +21,7 @@ PLAIN = DataArguments()
 
 
 def rows(**columns):
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 @pytest.mark.parametrize(
@@ -144,29 +144,34 @@ def test_class_label_features_keep_their_names():
         (
             {"body": ["a"]},
             {},
-            "received body. Fix: rename them, or name the text with --text_column",
+            "received 'body'. Fix: rename them, or name the text with --text_column",
         ),
         (
             {"text": ["a"]},
             {"text_column": "txt"},
-            "--text_column: expected a column of the data (text), received 'txt'. "
+            "--text_column: expected a column of the data ('text'), received 'txt'. "
             "Fix: did you mean --text_column text?",
         ),
         (
             {"text": ["a", None]},
             {},
-            "column `text`: expected a value in every row, received none in row 1",
+            "column `text`: expected text, received null in row 2",
         ),
         (
             {"text": ["a", " \n"]},
             {},
-            "column `text`: expected text, received an empty cell in row 1",
+            "column `text`: expected text, received an empty cell in row 2",
         ),
-        ({"text": [1, 2]}, {}, "column `text`: expected text, received int in row 0"),
+        (
+            {"text": [[1], "a", {"b": 1}]},
+            {},
+            "column `text`: expected text, received a list in row 1 (rows count from 1) and 1 more "
+            "row. Fix",
+        ),
         (
             {"prompt": ["a"], "completion": [["b"]]},
             {},
-            "column `completion`: expected text, received list in row 0",
+            "column `completion`: expected text, received a list in row 1",
         ),
         (
             {"question": [""], "answer": ["b"]},
@@ -176,15 +181,15 @@ def test_class_label_features_keep_their_names():
         (
             {"instruction": ["a"], "output": [None]},
             {},
-            "column `output`: expected a value in every row",
+            "column `output`: expected text, received null",
         ),
         (
             {"messages": [[]]},
             {},
-            "expected a list of {role, content} with text in both, received '[]' in row 0",
+            "expected a list of {role, content} with text in both, received '[]' in row 1",
         ),
         ({"messages": [[{"from": "a", "value": "b"}]]}, {}, "expected a list of {role, content}"),
-        ({"messages": ["hello"]}, {}, "received 'hello' in row 0"),
+        ({"messages": ["hello"]}, {}, "received 'hello' in row 1"),
     ],
 )
 def test_bad_language_rows_are_refused_in_one_line(columns, flags, message, chat_tokenizer):
@@ -198,7 +203,11 @@ def test_bad_language_rows_are_refused_in_one_line(columns, flags, message, chat
 @pytest.mark.parametrize(
     ("columns", "flags", "message"),
     [
-        ({"text": ["a"]}, {}, "expected a label, received text. Fix: name it with --label_column"),
+        (
+            {"text": ["a"]},
+            {},
+            "expected a label, received 'text'. Fix: name it with --label_column",
+        ),
         (
             {"text": ["a"], "label": ["x"]},
             {"label_column": "labl"},
@@ -209,11 +218,15 @@ def test_bad_language_rows_are_refused_in_one_line(columns, flags, message, chat
             {},
             "Fix: rename them, or name the text with --text_column",
         ),
-        ({"text": ["a"], "label": [None]}, {}, "column `label`: expected a value in every row"),
+        (
+            {"text": ["a"], "label": [None]},
+            {},
+            "column `label`: expected names or whole numbers, received null",
+        ),
         (
             {"text": ["a"], "label": [0.5]},
             {},
-            "expected names or whole numbers, received float in row 0",
+            "expected names or whole numbers, received the fraction 0.5 in row 1",
         ),
         (
             {"text": [""], "label": ["x"]},
@@ -234,7 +247,7 @@ def test_bad_labelled_rows_are_refused_in_one_line(convert, columns, flags, mess
 
 def test_a_label_without_a_name_is_refused():
     raw = rows(text=["a", "b"], label=["pos", "meh"])
-    with pytest.raises(DataError, match="expected one of neg, pos, received 'meh' in row 1"):
+    with pytest.raises(DataError, match="expected one of neg, pos, received 'meh' in row 2"):
         as_classification_rows(raw, PLAIN, ["neg", "pos"])
 
 

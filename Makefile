@@ -19,8 +19,8 @@ help: ## list the targets
 
 install: $(VENV)/.dev ## .venv with fedtune, its extras and the development tools
 
-demo: $(VENV)/.base ## federated LoRA against centralized and local training, with a report
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python recipes/lora_sft.py --compare all
+demo: $(VENV)/.base ## federated LoRA beside centralized and local training, with a report
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python recipes/lora_sft.py --config recipes/demo.yaml
 
 test: $(VENV)/.dev ## the tests, without the slow ones
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
@@ -47,14 +47,14 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	{ echo "error: $(PYTHON) is older than 3.11. Run: make PYTHON=python3.11"; exit 2; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@if [ -n "$(TORCH_INDEX_URL)" ]; then \
-	$(PIP) install -q -c constraints.txt --index-url "$(TORCH_INDEX_URL)" torch==$(TORCH); \
-	elif ! $(PIP) install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	$(PIP) install -qq -c constraints.txt --index-url "$(TORCH_INDEX_URL)" torch==$(TORCH); \
+	elif ! $(PIP) install -qq -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null; then \
 	echo "no torch==$(TORCH)+cpu in the package index: plain torch follows, some GB with CUDA" \
 	"(another build: TORCH_INDEX_URL)"; \
-	$(PIP) install -q -c constraints.txt torch==$(TORCH); fi
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -qq -c constraints.txt torch==$(TORCH); fi
+	$(PIP) install -qq -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(PIP) install -qq -c constraints.txt -e ".[dev]"
 	@touch $@

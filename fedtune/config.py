@@ -217,7 +217,7 @@ class RunArguments:
     config: str | None = setting(None, "YAML file with defaults; flags win.")
     seeds: str | None = setting(None, "Comma-separated seeds, one whole run each. Default: 42.")
     compare: str | None = setting(
-        None, f"Arms to compare with, comma-separated: {', '.join(ARMS)}; or `all`."
+        None, f"Arms to compare with, comma-separated: {', '.join(ARMS)}; or `all`, or `none`."
     )
     resume: bool = setting(False, "Continue the run in --output_dir from its last durable round.")
     overwrite: bool = setting(False, "Delete an earlier run in --output_dir first.")

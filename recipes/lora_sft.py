@@ -1,8 +1,8 @@
 """Federated instruction or text tuning with LoRA, DoRA, IA3, a prompt method or QLoRA.
 
-python recipes/lora_sft.py                                     # the model and corpus in the package
+python recipes/lora_sft.py --config recipes/demo.yaml    # the model and corpus in the package
 python recipes/lora_sft.py --compare all --seeds 1,2,3
-python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl --partition iid
+python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl
 
 Rows: instruction/input/output, question/answer, prompt/completion, messages, or text. Where there
 is a prompt, the loss covers the answer only. `--dry_run` shows rows, bytes, memory and steps first.

@@ -1,7 +1,7 @@
 """Clients with different LoRA ranks: each trains, and sends, only as much as it can afford.
 
-python recipes/mixed_ranks.py                                  # ranks 4, 8 and 16, flexlora
-python recipes/mixed_ranks.py --strategy flora                 # or hetlora, raflora
+python recipes/mixed_ranks.py --config recipes/demo_mixed_ranks.yaml   # the tiny model
+python recipes/mixed_ranks.py --strategy flora                           # or hetlora, raflora
 python recipes/mixed_ranks.py --num_clients 2 --client_ranks 2,32 --compare local
 
 The two functions are those of any recipe: a model is built at the rank in `args.adapter`, and its

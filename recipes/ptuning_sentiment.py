@@ -1,6 +1,6 @@
 """Federated p-tuning for sentiment: the prompt encoder travels, the base model stays frozen.
 
-python recipes/ptuning_sentiment.py                            # the model and corpus in the package
+python recipes/ptuning_sentiment.py --config recipes/demo_ptuning_sentiment.yaml   # the tiny model
 python recipes/ptuning_sentiment.py --compare local
 python recipes/ptuning_sentiment.py --model_name_or_path DIR --train_file rows.jsonl
 

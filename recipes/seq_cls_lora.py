@@ -1,6 +1,6 @@
 """Federated classification: an adapter and a head on any AutoModelForSequenceClassification.
 
-python recipes/seq_cls_lora.py                                 # the model and corpus in the package
+python recipes/seq_cls_lora.py --config recipes/demo_seq_cls_lora.yaml   # the tiny model
 python recipes/seq_cls_lora.py --compare local
 python recipes/seq_cls_lora.py --model_name_or_path DIR --train_file rows.jsonl
 

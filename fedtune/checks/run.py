@@ -64,10 +64,11 @@ def compare(args: Arguments) -> str | None:
     """Known arms, and parity only where it can hold."""
     named = split_names(args.run.compare)
     for arm in named:
-        if arm not in (*ARMS, "all"):
-            return f"--compare: unknown arm {arm!r}. {nearest(arm, (*ARMS, 'all'))}"
-    if "all" in named and len(named) > 1:
-        return "--compare: `all` stands alone. Leave out the other names."
+        if arm not in (*ARMS, "all", "none"):
+            return f"--compare: unknown arm {arm!r}. {nearest(arm, (*ARMS, 'all', 'none'))}"
+    alone = next((name for name in ("all", "none") if name in named), None)
+    if alone and len(named) > 1:
+        return f"--compare: `{alone}` stands alone. Leave out the other names."
     if "parity" in args.arms and args.federation.client_state == "reset":
         return (
             "--compare parity with --client_state reset: a fresh optimizer each round cannot equal "

@@ -6,6 +6,7 @@ fedtune's defaults for HuggingFace settings (`hf_settings.DEFAULTS`), then the d
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,9 +27,12 @@ from fedtune.settings.parser import (
     parse_flags,
     reject_owned,
 )
+from fedtune.settings.recipe_yaml import demo_hint, rate_of_method
 from fedtune.settings.yaml_config import NotOfType, coerce, load_yaml, type_name
 
 __all__ = ["parse_arguments"]
+
+log = logging.getLogger(__name__)
 
 # Text fields that hold a list, or `k=v` pairs: YAML may write them as a number, list or mapping.
 COMMA_SEPARATED = {
@@ -50,7 +54,11 @@ EXCLUSIVE = (
 )
 
 # A flag that changes the first drops the second's YAML value, which was meant for the other kind.
-BELONGS = {"partition": "partition_column", "strategy": "strategy_args"}
+BELONGS = {
+    "partition": "partition_column",
+    "peft_method": "encoder_hidden_size",
+    "strategy": "strategy_args",
+}
 
 # `--codec none` drops these YAML values: without a codec they mean nothing.
 OF_A_CODEC = {"codec_args", "codec_direction", "codec_on", "error_feedback"}
@@ -82,6 +90,18 @@ def parse_arguments(
         raise ConfigError("--seed and --seeds are both set: --seed S is --seeds S. Keep --seeds.")
     if file:
         given["config"] = str(file)
+        rate = rate_of_method(values, flags)
+        if rate is not None:
+            given["learning_rate"] = rate
+            log.warning(
+                "--learning_rate %g, that of %s: the YAML has one for %s",
+                rate,
+                flags["peft_method"],
+                values.get("peft_method", "lora"),
+            )
+        hint = None if "config" in flags else demo_hint(file, given.get("model_name_or_path"))
+        if hint:
+            log.warning(hint)
     return _build(training_class, given, Path(recipe_file).stem if recipe_file else "fedtune")
 
 

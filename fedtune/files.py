@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedtune.errors import ConfigError
+
 __all__ = [
     "append_line",
     "read_json",
+    "read_object",
     "replace_directory",
     "write_bytes",
     "write_json",
@@ -41,8 +44,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON value in `path`; raises OSError, or ValueError where it is none (or no UTF-8)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object in a file of the user's.
+
+    Args:
+        fix: what to do about one that cannot be read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: expected JSON in UTF-8, received a file that cannot be read ({error}). {fix}"
+        ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected an object, received {type(value).__name__}. {fix}")
+    return value
 
 
 def append_line(path: Path, line: str) -> None:

@@ -17,7 +17,7 @@ from fedtune.config import Arguments
 from fedtune.data import format_table
 from fedtune.data.silos import Silos
 from fedtune.federate import federate, federate_control
-from fedtune.files import read_json, write_json
+from fedtune.files import read_object, write_json
 from fedtune.prepare import Prepared, prepare
 from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
 from fedtune.report.plots import draw_loss
@@ -93,7 +93,7 @@ def _run_seed(args: Arguments, prepared: Prepared, directory: Path) -> dict[str,
             result_of_arm = run_arm(name, given)
             done.parent.mkdir(parents=True, exist_ok=True)
             write_json(done, result_of_arm)
-        result[name] = read_json(done)
+        result[name] = read_object(done, "Delete it to run that arm again.")
     return result
 
 

@@ -20,6 +20,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -40,6 +41,8 @@ __all__ = ["Task", "attach_adapter", "build_peft_config", "load_base", "seeded"]
 
 Task = Literal["causal_lm", "seq_cls"]
 METHODS = ("lora", "dora", "p_tuning", "prompt_tuning", "prefix_tuning", "ia3", "none")
+# What libraries raise on a file that is none of theirs, or damaged.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 HEAD_SEED = 0  # a new classification head is the same at every site
 
 
@@ -150,7 +153,7 @@ def load_base(
             base: PreTrainedModel = auto.from_pretrained(
                 path, **{key: value for key, value in options.items() if value is not None}
             )
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
         raise _no_model(path, f"a model for {task}", error) from None
     if options["quantization_config"] is not None:
         base = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
@@ -203,14 +206,14 @@ def _check_path(path: str) -> None:
         raise _no_model(path, "a model directory, received a path that does not exist")
     try:
         AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
         raise _no_model(path, "a model directory or a hub id that can be reached", error) from None
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises no other for a file that it cannot parse
         raise _no_model(path, "a tokenizer beside the model, received none that loads") from error
     return tokenizer
 
@@ -229,7 +232,8 @@ def _align_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def _no_model(path: str, expected: str, error: Exception | None = None) -> ConfigError:
-    received = f", received: {str(error).strip().splitlines()[0]}" if error else ""
+    words = str(error).strip() or type(error).__name__
+    received = f", received: {words.splitlines()[0]}" if error else ""
     return ConfigError(
         f"--model_name_or_path {path}: expected {expected}{received.rstrip('. ')}. "
         "Give a directory that save_pretrained wrote, or a hub id."

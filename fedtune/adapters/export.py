@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from fedtune.adapters.manifest import FULL, Manifest, Params, check
 from fedtune.adapters.prompts import PROMPT_KEY, is_prompt, prompt_embeddings, prompt_params
 from fedtune.errors import ConfigError, ManifestError
-from fedtune.files import replace_directory, write_text
+from fedtune.files import read_object, replace_directory, write_text
 
 __all__ = ["export_adapter", "load_exported", "load_init_adapter", "params_from_peft_dir"]
 
@@ -34,6 +34,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 HF_CONFIG = "config.json"
 HF_INDEX = "model.safetensors.index.json"
+AGAIN = "Copy or export it again."
 
 # Options that change what the same tensors compute.
 DECISIVE = (
@@ -113,7 +114,7 @@ def load_exported(directory: Path | str) -> tuple[Params, Params, Manifest]:
             f"{directory}: expected a directory that fedtune exported, received one without "
             f"{MANIFEST}. Give the adapter/ or model/ folder of a run."
         )
-    manifest = Manifest.from_json((directory / MANIFEST).read_text(encoding="utf-8"))
+    manifest = Manifest.read(directory / MANIFEST)
     tensors: Params = {}
     for file in _weight_files(directory, manifest):
         tensors.update(_read(file))
@@ -161,7 +162,7 @@ def params_from_peft_dir(directory: Path | str, manifest: Manifest) -> tuple[Par
                 f"{directory}: expected an adapter, received a path without {name}. Give a "
                 "directory that fedtune or PEFT's save_pretrained (safetensors) wrote."
             )
-    config = json.loads((directory / PEFT_CONFIG).read_text(encoding="utf-8"))
+    config = read_object(directory / PEFT_CONFIG, AGAIN)
     _refuse_other_config(directory, config, manifest)
     state = _read(directory / PEFT_WEIGHTS)
     found = prompt_params(state.pop(PROMPT_KEY), manifest) if PROMPT_KEY in state else {}
@@ -196,8 +197,12 @@ def _weight_files(directory: Path, manifest: Manifest) -> list[Path]:
         return [directory / PARAMS]
     if not (directory / HF_INDEX).is_file():
         return [directory / "model.safetensors"]
-    index = json.loads((directory / HF_INDEX).read_text(encoding="utf-8"))
-    return [directory / name for name in sorted(set(index["weight_map"].values()))]
+    named = read_object(directory / HF_INDEX, AGAIN).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise ConfigError(
+            f"{directory / HF_INDEX}: expected a weight_map of file names, received none. {AGAIN}"
+        )
+    return [directory / Path(file).name for file in sorted(set(named.values()))]
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -153,14 +154,32 @@ class Manifest:
                     f"Manifest version: expected {VERSION}, received {version!r}. "
                     "Use the same fedtune release everywhere."
                 )
-            return cls(**{**data, **{k: _entries(data[k]) for k in ("entries", "static")}})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            manifest = cls(**{**data, **{k: _entries(data[k]) for k in ("entries", "static")}})
+            _check_types(manifest)
+            return manifest
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, ManifestError):
                 raise
             raise ManifestError(
                 f"Manifest: expected fedtune's JSON, received something else ({error!r}). "
                 "Read it from fedtune_manifest.json."
             ) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """`from_json` of a file.
+
+        Raises:
+            ManifestError: it cannot be read, or holds no manifest.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ManifestError(
+                f"{path}: expected fedtune's JSON in UTF-8, received a file that cannot be read "
+                f"({error}). Copy or export it again."
+            ) from None
+        return cls.from_json(text)
 
 
 def digest(value: object) -> str:
@@ -210,6 +229,21 @@ def _check_tensor(name: str, tensor: Tensor, expected: Entry) -> None:
             f"`{name}` is not finite: expected numbers, received {bad} NaN or Inf of "
             f"{tensor.numel()}. Lower the learning rate or clip gradients."
         )
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise TypeError where a field is of another type than `to_json` writes."""
+    texts = (manifest.peft_type, manifest.base_hash, *manifest.export, *manifest.export.values())
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a name is no text")
+    if not all(isinstance(part, dict) for part in (manifest.adapter_config, manifest.config)):
+        raise TypeError("a config is no object")
+    for entry in (*manifest.entries.values(), *manifest.static.values()):
+        if not isinstance(entry.dtype, str) or not all(type(size) is int for size in entry.shape):
+            raise TypeError("a shape is not of whole numbers, or a dtype no text")
+    for factor in manifest.scaling.values():
+        if not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise TypeError("a scaling is no number")
 
 
 def _entries(data: Mapping[str, Any]) -> dict[str, Entry]:

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedtune.adapters.build import Task, load_base
-from fedtune.adapters.export import MANIFEST, PEFT_CONFIG, PEFT_WEIGHTS
+from fedtune.adapters.build import DAMAGED, Task, load_base
+from fedtune.adapters.export import AGAIN, MANIFEST, PEFT_CONFIG, PEFT_WEIGHTS
 from fedtune.adapters.manifest import Manifest
 from fedtune.config import ModelArguments
 from fedtune.errors import ConfigError
-from fedtune.files import replace_directory
+from fedtune.files import read_object, replace_directory
 
 __all__ = ["merge"]
 
@@ -50,8 +50,11 @@ def merge(
     base, tokenizer = load_base(
         ModelArguments(model_name_or_path=base_path), task=task, id2label=labels
     )
-    _untie_if_adapted(base, directory)
-    merged = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+    try:
+        _untie_if_adapted(base, directory)
+        merged = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+    except DAMAGED as error:
+        raise _no_adapter(directory, error) from None
     with replace_directory(output_dir) as fresh:
         merged.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
@@ -64,7 +67,11 @@ def _read_config(directory: Path) -> PeftConfig:
             f"{directory}: expected an adapter with {PEFT_CONFIG}, received "
             + ("a full model. It needs no merge." if full else "none. Give an adapter directory.")
         )
-    config: PeftConfig = PeftConfig.from_pretrained(str(directory))
+    read_object(directory / PEFT_CONFIG, AGAIN)
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(directory))
+    except DAMAGED as error:
+        raise _no_adapter(directory, error) from None
     if config.is_prompt_learning:
         kind = PeftType(config.peft_type).value
         raise ConfigError(
@@ -74,11 +81,18 @@ def _read_config(directory: Path) -> PeftConfig:
     return config
 
 
+def _no_adapter(directory: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{directory}: expected an adapter of this base model, received one that does not load "
+        f"({' '.join(str(error).split())[:300]}). {AGAIN}"
+    )
+
+
 def _id2label(directory: Path) -> dict[int, str] | None:
     """Class names as the trained model had them; from fedtune's manifest."""
     if not (directory / MANIFEST).is_file():
         return None
-    manifest = Manifest.from_json((directory / MANIFEST).read_text(encoding="utf-8"))
+    manifest = Manifest.read(directory / MANIFEST)
     return {int(i): label for i, label in manifest.config.get("id2label", {}).items()} or None
 
 

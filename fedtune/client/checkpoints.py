@@ -6,7 +6,6 @@ server sends the global parameters again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def find_checkpoint(output_dir: Path, mark: Mark) -> Path | None:
     for path in output_dir.glob(f"checkpoint-*/{MARK}"):
         try:
             read = Mark(**read_json(path))
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError):
             continue
         if _run_of(read) == _run_of(mark):
             found.append((read.step % read.steps_per_round == 0, read.step, path.parent))

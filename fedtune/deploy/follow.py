@@ -78,8 +78,14 @@ def _rounds(directory: Path) -> list[dict[str, Any]]:
     path = directory / "rounds.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise RoundError(
+            f"{path}: expected JSON lines, received something else ({error}). Look at the run with "
+            "fedtune status and logs."
+        ) from None
 
 
 def _show_sites(state: dict[str, Any], shown: str, known: set[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -92,7 +93,10 @@ def sign_server(
 
 def hosts_of(certificate: Certificate) -> list[str]:
     """Names and addresses that a server's certificate is for."""
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
     found: list[str | IPv4Address | IPv6Address] = [
         *names.get_values_for_type(x509.DNSName),
         *names.get_values_for_type(x509.IPAddress),  # type: ignore[list-item]
@@ -121,7 +125,7 @@ def pem(holder: Key | Certificate) -> bytes:
 
 def load_certificate(file: Path) -> Certificate:
     """Of PEM; raises ConfigError, as all of these do."""
-    certificate: Certificate = _load(x509.load_pem_x509_certificate, file, "a certificate in PEM")
+    certificate: Certificate = _load(_whole_certificate, file, "a certificate in PEM")
     return certificate
 
 
@@ -143,10 +147,20 @@ def load_public_ssh(file: Path) -> ec.EllipticCurvePublicKey:
     return key
 
 
+def _whole_certificate(data: bytes) -> Certificate:
+    """Parsed to its end: cryptography reads each part when it is asked for."""
+    certificate = x509.load_pem_x509_certificate(data)
+    try:
+        certificate.public_key(), certificate.not_valid_after_utc, certificate.extensions  # noqa: B018
+    except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise ValueError(str(error)) from None
+    return certificate
+
+
 def _load(load: Any, file: Path, what: str, *more: Any) -> Any:
     try:
         return load(file.read_bytes(), *more)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm) as error:
         reason = error.strerror if isinstance(error, OSError) else "not readable as one"
         raise ConfigError(
             f"{file}: expected {what}, received: {reason}. Make it again with fedtune certs."

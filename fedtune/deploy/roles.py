@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from fedtune.deploy import keys
 from fedtune.errors import ConfigError
@@ -74,7 +74,7 @@ def server_folder(path: Path) -> ServerFolder:
         )
     try:
         certificate.verify_directly_issued_by(keys.load_certificate(path / CA))
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         raise ConfigError(
             f"--tls: {path / SERVER} was not signed by {path / CA}. Copy the whole folder that "
             "fedtune certs made."
@@ -87,8 +87,10 @@ def site_folder(path: Path) -> SiteFolder:
     """A site's folder; raises ConfigError when `path` is none."""
     _check_role(path, "site", (SITE_KEY, SITE_PUB, CA))
     keys.load_ssh_key(path / SITE_KEY)
-    words = (path / SITE_PUB).read_text(encoding="utf-8").split()
-    name = words[2] if len(words) == 3 else path.resolve().name
+    keys.load_public_ssh(path / SITE_PUB)
+    words = (path / SITE_PUB).read_text(encoding="utf-8", errors="replace").split()
+    named = len(words) == 3 and SITE_NAME.fullmatch(words[2])
+    name = words[2] if named else path.resolve().name
     return SiteFolder(name, path / SITE_KEY, path / SITE_PUB, path / CA)
 
 

@@ -214,7 +214,7 @@ def _rounds(directory: Path | None) -> list[dict[str, Any]]:
     if directory is None:
         return []
     try:
-        lines = (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (directory / "rounds.jsonl").read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return []
     rows = []

@@ -28,7 +28,7 @@ from fedtune.deploy.follow import follow
 from fedtune.deploy.register import remember_run
 from fedtune.deploy.runs import list_runs
 from fedtune.errors import ConfigError, DeployError, RoundError
-from fedtune.files import read_json
+from fedtune.files import read_object
 from fedtune.lists import split_names
 from fedtune.output import check_output_dir, prepare_output_dir
 from fedtune.server.submission import SUBMISSION, Submission
@@ -209,7 +209,11 @@ def _settings(
 def _run_id(directory: Path, resume: bool) -> str:
     """Sites know a continued run by the id that it began with."""
     if resume and (directory / SUBMISSION).is_file():
-        return str(read_json(directory / SUBMISSION)["run"])
+        fix = "Start a new run with --overwrite."
+        found = read_object(directory / SUBMISSION, fix).get("run")
+        if not isinstance(found, str):
+            raise ConfigError(f"{directory / SUBMISSION}: expected the id of a run. {fix}")
+        return found
     return secrets.token_hex(6)
 
 

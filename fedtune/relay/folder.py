@@ -13,7 +13,6 @@ ended.json      the script's exit status, once it will not be started again
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from dataclasses import asdict, dataclass
@@ -185,5 +184,5 @@ class RunFolder:
     def _read(self, name: str) -> Any:
         try:
             return read_json(self.path / name)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None

@@ -72,11 +72,11 @@ def load_rounds(directory: str | Path) -> list[RoundRow]:
     path = rounds_file(Path(directory))
     if path is None:
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_bytes().splitlines() if line.strip()]
     rows = []
     for index, line in enumerate(lines):
         try:
-            rows.append(_round(_mapping(json.loads(line))))
+            rows.append(_round(_mapping(json.loads(line.decode()))))
         except ValueError as error:
             if index == len(lines) - 1:  # a killed run may leave half a line
                 break

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedtune.adapters import Manifest
+from fedtune.adapters import Manifest, check
 from fedtune.errors import ConfigError
 from fedtune.files import read_json, replace_directory, write_text
 from fedtune.strategies.lora.cumulative import Cumulative
@@ -109,11 +110,11 @@ def load_latest(directory: Path) -> ServerState | None:
         for joined, tensor in load_file(latest / "method.safetensors").items():
             name, key = joined.rsplit(SEPARATOR, 1)
             method_state.setdefault(name, {})[key] = tensor
-        return ServerState(
-            round=plain["round"],
+        state = ServerState(
+            round=int(plain["round"]),
             params=load_file(latest / "params.safetensors"),
             static=load_file(latest / "static.safetensors"),
-            manifest=Manifest.from_json((latest / "manifest.json").read_text(encoding="utf-8")),
+            manifest=Manifest.read(latest / "manifest.json"),
             method_state=method_state,
             base=Cumulative.of(load_file(latest / "base.safetensors"), plain["base_error"]),
             control_clients=plain["control_clients"],
@@ -122,7 +123,10 @@ def load_latest(directory: Path) -> ServerState | None:
             history=plain["history"],
             best=plain["best"],
         )
-    except (OSError, ValueError, KeyError) as error:
+        check(state.params, state.manifest)
+        check(state.static, state.manifest, static=True)
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
             f"--resume: expected a whole server state in {latest}, received one that cannot be "
             f"read ({error}); delete that directory to go back one durable round."

@@ -61,15 +61,15 @@ def load_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--config: cannot read {file}: {error.strerror}. Paths start at the working directory."
         ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text. --config expects a YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date with a 13th month
         raise ConfigError(
             f"{file} is not valid YAML: expected `name: value` lines, received an error"
             f"{_where(error)}. Correct the file."
         ) from None
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -79,7 +79,7 @@ def load_yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _where(error: yaml.YAMLError) -> str:
+def _where(error: Exception) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return ""
     mark = error.problem_mark

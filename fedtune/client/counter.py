@@ -47,6 +47,7 @@ class BatchCounter:
 
     def __enter__(self) -> BatchCounter:
         step = self._trainer.training_step
+        self._before = vars(self._trainer).get("training_step")
 
         def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
             size = size_of(self._trainer, inputs)
@@ -65,6 +66,8 @@ class BatchCounter:
 
     def __exit__(self, *_: object) -> None:
         del vars(self._trainer)["training_step"]
+        if self._before is not None:  # a script may have put one there
+            vars(self._trainer)["training_step"] = self._before
 
 
 _told: WeakSet[Trainer] = WeakSet()

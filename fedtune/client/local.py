@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from fedtune.adapters import Manifest, load
 from fedtune.client.client_round import ClientRound, refuse_fp16, remembers
 from fedtune.client.counter import BatchCounter
+from fedtune.client.data_order import continued, fresh
 from fedtune.client.memory import ClientMemory
 from fedtune.client.replies import LocalResult, Sent
 from fedtune.client.undisturbed import same_rng
@@ -71,11 +72,12 @@ def train_round(
     if task.carry:
         checkpoint = _carried(state_dir, task.resume_round)
         args.ignore_data_skip = False
+        data: AbstractContextManager[Callable[[Path], None] | None] = continued(trainer, checkpoint)
     else:
         seed = derive_seed(task.seed, client, task.round)
         checkpoint = _blank_checkpoint(trainer, state_dir, first_step)
         args.ignore_data_skip = True
-        trainer.accelerator.dataloader_config.data_seed = seed  # read once, when it was built
+        data = fresh(trainer, turn=seed)
         set_seed(seed)
     refuse_fp16(task, args)
     memory = ClientMemory(state_dir / MEMORY)
@@ -84,10 +86,12 @@ def train_round(
     callback = _RoundCallback(now, first_step, steps, save=task.carry)
     counter = BatchCounter(trainer)
     try:
-        with _without_weights(trainer), _callback(trainer, callback), counter:
+        with _without_weights(trainer), _callback(trainer, callback), counter, data as note_place:
             output = trainer.train(
                 resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
             )
+            if note_place is not None:
+                note_place(_written(state_dir))
         outgoing = now.finish(model_of(trainer))
     finally:
         now.end()
@@ -131,7 +135,8 @@ def steps_of(trainer: Trainer, steps: int, epochs: float) -> int:
     """Optimizer steps of a round: `steps`, or where that is 0 those of `epochs` passes, rounded."""
     if steps:
         return steps
-    batches = len(trainer.get_train_dataloader())
+    with same_rng():
+        batches = len(trainer.get_train_dataloader())
     accumulation = trainer.args.gradient_accumulation_steps
     return max(1, round(epochs * -(-batches // accumulation)))
 
@@ -209,12 +214,17 @@ def _blank_checkpoint(trainer: Trainer, state_dir: Path, step: int) -> Path | No
     return directory
 
 
+def _written(state_dir: Path) -> Path:
+    """What the Trainer has saved in this round."""
+    (written,) = state_dir.glob("checkpoint-*")
+    return written
+
+
 def _keep_state(state_dir: Path, task: RoundTask) -> None:
     """Name the Trainer's checkpoint after the round; drop those that no rollback can need."""
-    (written,) = state_dir.glob("checkpoint-*")
     target = _round_dir(state_dir, task.round)
     shutil.rmtree(target, ignore_errors=True)
-    written.rename(target)
+    _written(state_dir).rename(target)
     kept = {_round_dir(state_dir, number) for number in (*task.keep_rounds, task.resume_round)}
     for path in state_dir.glob("round-*"):
         if path not in kept | {target}:

@@ -17,6 +17,7 @@ from fedtune.adapters import collect
 from fedtune.adapters.sharded import is_sharded
 from fedtune.client.callback import FedTuneCallback
 from fedtune.client.codec_link import CodecLink
+from fedtune.client.loader import check_loader
 from fedtune.client.local import model_of, steps_of
 from fedtune.client.options import Options
 from fedtune.client.participant import Participant
@@ -198,6 +199,7 @@ def _shared_plan(ranks: Ranks, plan: SitePlan | None) -> SitePlan | None:
 def _prepare(trainer: Trainer, plan: SitePlan, options: Options) -> int:
     """Set the whole run's steps before the LR schedule is made; returns those of a round."""
     _check(trainer)
+    check_loader(trainer, plan.client)
     steps = _steps_per_round(trainer, plan, options)
     total = plan.num_rounds * steps
     if 0 < plan.max_steps < total:

@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["get_rng", "same_rng", "set_rng", "undisturbed"]
+__all__ = ["get_rng", "same_rng", "same_state", "set_rng", "undisturbed"]
 
 
 def get_rng() -> dict[str, Any]:
@@ -37,6 +37,15 @@ def set_rng(state: dict[str, Any]) -> None:
     torch.random.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether nothing was drawn on the CPU between two `get_rng`."""
+    return (
+        torch.equal(one["torch"], other["torch"])
+        and one["python"] == other["python"]
+        and all(map(np.array_equal, one["numpy"], other["numpy"]))
+    )
 
 
 @contextmanager

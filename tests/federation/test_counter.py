@@ -48,6 +48,14 @@ def test_packed_rows_count_one_by_one() -> None:
     assert counter.examples == 3
 
 
+def test_a_step_of_ones_own_stays() -> None:
+    given = trainer(shifted=True)
+    own = given.training_step
+    with BatchCounter(given):
+        assert given.training_step is not own
+    assert given.training_step is own
+
+
 def test_the_trainer_is_left_as_it_was() -> None:
     class Plain:
         _loss_shifts_labels = True

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import Trainer
 
 from fedtune.adapters import Manifest, load_init_adapter
+from fedtune.adapters.size import exchanged_bytes, resident_bytes
+from fedtune.client.loader import check_loader, check_rounds
 from fedtune.client.local import steps_of
 from fedtune.client.worker import BuildModel, BuildTrainer, Worker
 from fedtune.config import Arguments
@@ -23,11 +25,17 @@ __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client", "with_seed"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A worker, its clients' data in numbers, and the bytes of the whole model."""
+    """A worker and its clients' data in numbers.
+
+    Attributes:
+        model_bytes: what the model takes in memory.
+        full_bytes: what exchanging the whole base model once would take.
+    """
 
     worker: Worker
     clients: list[dict[str, Any]]
     model_bytes: int
+    full_bytes: int
 
 
 def load_silos(args: Arguments) -> Silos:
@@ -59,6 +67,10 @@ def prepare(
         silos.evaluation,
         work_dir,
     )
+    for name in silos.names:
+        check_loader(worker.trainer(name), name)
+        if args.federation.engine != "flower":  # whose trainers never stop
+            check_rounds(worker.trainer(name), name, carry=args.federation.client_state == "carry")
     tokens = [_tokens(worker.trainer(name)) for name in silos.names]
     # Only now, as a Trainer may cast the adapter.
     CodecSettings.of(args.transport, refactors=False).check_use(worker.manifest.entries)
@@ -66,8 +78,12 @@ def prepare(
         _check_init_adapter(args.adapter.init_adapter, worker.manifest)
     counts = None if None in tokens else [count for count in tokens if count is not None]
     label = find_label_column(silos.train[0].column_names, args.data)
-    model_bytes = sum(p.numel() * p.element_size() for p in worker.model.parameters())
-    return Prepared(worker, client_table(silos, counts, label), model_bytes)
+    return Prepared(
+        worker,
+        client_table(silos, counts, label),
+        model_bytes=resident_bytes(worker.model),
+        full_bytes=exchanged_bytes(worker.model),
+    )
 
 
 def steps_per_client(args: Arguments, worker: Worker) -> list[int]:

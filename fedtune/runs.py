@@ -111,7 +111,7 @@ def _write(
         results,
         seeds=args.seeds,
         clients=prepared.clients,
-        model_bytes=prepared.model_bytes,
+        full_bytes=prepared.full_bytes,
         config=settings_of(args),
     )
     write_json(directory / "summary.json", summary)

@@ -14,9 +14,11 @@ from datasets import concatenate_datasets
 from torch import Tensor
 
 from fedtune.adapters import export_adapter
+from fedtune.client.loader import check_loader
 from fedtune.client.local import steps_of
 from fedtune.client.worker import Worker
-from fedtune.compare.plain import PlainRun, run_plain, steps_for_samples
+from fedtune.compare.plain import PlainRun, run_plain
+from fedtune.compare.schedule import steps_to_see
 from fedtune.compare.series import SeriesDict, mean_series, of_history
 from fedtune.compare.verdict import first_difference
 from fedtune.config import Arguments, sampled_clients
@@ -81,14 +83,15 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     worker.args.training.per_device_train_batch_size *= batch_factor
     rows = concatenate_datasets(list(worker.train.values()))
     trainer = worker.new_trainer(rows, worker.evaluation, name)
+    check_loader(trainer, name)
     marks = [int(record["samples"]) for record in given.history[1:]]
-    lines = trainer.num_examples(trainer.get_train_dataloader())
-    batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    steps = steps_for_samples(marks[-1], len(rows), lines, batch)
+    steps = steps_to_see(trainer, marks[-1])
     start = given.built.params
     run = _train(given, name, trainer, start, max_steps=steps, marks=marks, mark_by="samples")
     _export(given, name, run.params)
-    return of_history(run.history)
+    series = of_history(run.history)
+    apart = abs(series["samples"][-1] - marks[-1])
+    return {**series, "equal_samples": apart == 0 or apart < run.last_rows}
 
 
 def _local(given: ArmInput) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def write_summary(directory: Path, submission: Submission) -> None:
         [{"federated": federated}],
         seeds=[submission.seed],
         clients=[],
-        model_bytes=0,
+        full_bytes=0,
         config={
             "federation": asdict(submission.federation),
             "transport": asdict(submission.transport),

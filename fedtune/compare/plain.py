@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
@@ -16,18 +14,24 @@ from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
 from fedtune.client.local import evaluate, model_of, quality_metrics
 from fedtune.client.replies import Sent
+from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.strategies.updates import finite_or_none
 
-__all__ = ["PlainRun", "run_plain", "steps_for_samples"]
+__all__ = ["PlainRun", "run_plain"]
 
 
 @dataclass
 class PlainRun:
-    """History by mark, the trained parameters, and the Trainer's own log."""
+    """History by mark, the trained parameters, and the Trainer's own log.
+
+    Attributes:
+        last_rows: rows of the last optimizer step.
+    """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     params: dict[str, Tensor] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    last_rows: int = 0
 
 
 def run_plain(
@@ -44,8 +48,8 @@ def run_plain(
 
     Args:
         max_steps: length of the run, and so of the LR schedule.
-        marks: increasing counts of samples or optimizer steps; training ends at the last one.
-            Empty: no evaluation, train to `max_steps`.
+        marks: increasing counts of samples or optimizer steps; training ends at the last one, or at
+            `max_steps`, where all that were not reached are read. Empty: no evaluation.
         on_step: called with the number of finished steps.
     """
     trainer.args.max_steps = max_steps
@@ -66,15 +70,6 @@ def run_plain(
     return run
 
 
-def steps_for_samples(samples: int, rows: int, lines: int, batch: int) -> int:
-    """Optimizer steps until `samples` are seen: an epoch has `rows` of them, packed into `lines`.
-
-    Exact when nothing is packed (`lines == rows`), also where the last batch of an epoch is short.
-    """
-    epochs, rest = divmod(samples, rows)
-    return max(1, epochs * -(-lines // batch) + -(-rest * lines // (rows * batch)))
-
-
 class _Marks(TrainerCallback):
     def __init__(
         self,
@@ -89,7 +84,8 @@ class _Marks(TrainerCallback):
         self._params, self._manifest = params, manifest
         self._marks, self._mark_by = list(marks), mark_by
         self._counter, self._run, self._on_step = counter, run, on_step
-        self._rng: Tensor | None = None
+        self._rng: dict[str, Any] | None = None
+        self._rows = 0
         self._started = 0.0
         self._losses: list[float] = []
 
@@ -104,12 +100,14 @@ class _Marks(TrainerCallback):
     ) -> TrainerControl:
         if self._on_step is not None:
             self._on_step(state.global_step)
-        if self._marks and self._reached(state) >= self._marks[0]:
+        self._run.last_rows = self._counter.examples - self._rows
+        self._rows = self._counter.examples
+        if self._due(state):
             control.should_evaluate = True
             control.should_log = True
             # An evaluation draws from the global RNG; training must not notice.
-            self._rng = torch.random.get_rng_state()
-            control.should_training_stop = self._reached(state) >= self._marks[-1]
+            self._rng = get_rng()
+            control.should_training_stop = len(self._due(state)) == len(self._marks)
         return control
 
     def on_log(
@@ -133,23 +131,24 @@ class _Marks(TrainerCallback):
     ) -> None:
         if self._rng is None or not self._marks:
             return
-        torch.random.set_rng_state(self._rng)
+        set_rng(self._rng)
         self._rng = None
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
         train_loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses = []
-        reached = self._reached(state)
-        while self._marks and reached >= self._marks[0]:
+        for _ in self._due(state):
             self._marks.pop(0)
             number = len(self._run.history)
             self._run.history.append(
                 _record(number, metrics or {}, self._counter, train_loss, seconds)
             )
 
-    def _reached(self, state: TrainerState) -> float:
-        if state.global_step >= state.max_steps:  # packed rows hold a varying number of samples
-            return math.inf
-        return self._counter.examples if self._mark_by == "samples" else state.global_step
+    def _due(self, state: TrainerState) -> list[int]:
+        """Marks that are to be read after this step."""
+        if state.global_step >= state.max_steps:
+            return list(self._marks)
+        done = self._counter.examples if self._mark_by == "samples" else state.global_step
+        return [mark for mark in self._marks if mark <= done]
 
 
 def _record(

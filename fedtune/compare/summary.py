@@ -18,6 +18,8 @@ __all__ = ["SeedResult", "build_summary"]
 
 PACKAGES = ("fedtune", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "flwr")
 
+NO_SERIES = ("clients", "time")
+
 # One seed's arms: name -> its part of the summary ("federated" is always there).
 SeedResult = Mapping[str, Mapping[str, Any]]
 
@@ -29,12 +31,13 @@ def build_summary(
     *,
     seeds: Sequence[int],
     clients: Sequence[Mapping[str, Any]],
-    model_bytes: int,
+    full_bytes: int,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The summary over seeds; series are means, `runs` holds one series per seed.
 
-    `model_bytes` is 0 where the size of the whole model is not known; `config` is every setting.
+    `full_bytes` is the size of the whole base model, 0 where it is not known; `config` is every
+    setting.
     """
     sampled = sampled_clients(federation.fraction_train, len(clients))
     series = {
@@ -63,8 +66,9 @@ def build_summary(
         "verdict": verdict(
             series,
             parity=parity,
-            full_bytes=2 * sampled * model_bytes,
+            full_bytes=2 * sampled * full_bytes,
             time_split=_time_split(results),
+            equal_samples=_equal_samples(results),
         ),
         "data": {"clients": list(clients)},
         "config": dict(config),
@@ -100,7 +104,18 @@ def _codec(federation: FederationArguments, transport: TransportArguments) -> di
 
 
 def _plain_series(arm: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {key: value for key, value in arm.items() if key not in ("clients", "time")}
+    return {
+        key: value for key, value in arm.items() if isinstance(value, list) and key not in NO_SERIES
+    }
+
+
+def _equal_samples(results: Sequence[SeedResult]) -> dict[str, bool]:
+    """Of the arms that are read by samples, whether every seed ends within a batch."""
+    return {
+        name: all(result[name]["equal_samples"] for result in results)
+        for name, arm in results[0].items()
+        if "equal_samples" in arm
+    }
 
 
 def _time_split(results: Sequence[SeedResult]) -> dict[str, float]:

@@ -17,12 +17,13 @@ def verdict(
     parity: dict[str, Any] | None,
     full_bytes: int,
     time_split: Mapping[str, float],
+    equal_samples: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
     """Rows over seeds. `arms` maps an arm to one series per seed, in the order of the seeds.
 
     Gaps and gains compare final eval losses: gap = federated / other - 1, gain = 1 - federated /
     local mean, in percent. `full_bytes` is one exchange of the full model with the same clients,
-    both ways.
+    both ways. `equal_samples`: whether an arm ends within a batch of the federated one's samples.
     """
     federated = [run["eval_loss"][-1] for run in arms["federated"]]
 
@@ -43,6 +44,7 @@ def verdict(
         "gap_centralized_pct": over_seeds("centralized", _gap),
         "gap_large_batch_pct": over_seeds("centralized_large_batch", _gap),
         "gain_over_local_pct": over_seeds("local", _gain),
+        "equal_samples": dict(equal_samples or {}),
         "parity": parity,
         "bytes_ratio_full": sent / (rounds * full_bytes) if full_bytes else None,
         "time_split": dict(time_split),

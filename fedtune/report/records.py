@@ -85,6 +85,7 @@ class Verdict:
     gap_centralized_pct: Spread | None = None
     gap_large_batch_pct: Spread | None = None
     gain_over_local_pct: Spread | None = None
+    equal_samples: Mapping[str, bool] = field(default_factory=dict)
     parity: Parity | None = None
     bytes_ratio_full: float | None = None
     time_split: Mapping[str, float] = field(default_factory=dict)

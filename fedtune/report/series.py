@@ -138,6 +138,9 @@ def _verdict(raw: Mapping[str, Any]) -> Verdict:
         gap_centralized_pct=_spread(raw.get("gap_centralized_pct")),
         gap_large_batch_pct=_spread(raw.get("gap_large_batch_pct")),
         gain_over_local_pct=_spread(raw.get("gain_over_local_pct")),
+        equal_samples={
+            arm: equal is True for arm, equal in _mapping(raw.get("equal_samples")).items()
+        },
         parity=Parity(parity["identical"] is True, None if step is None else int(step))
         if parity.get("identical") is not None
         else None,

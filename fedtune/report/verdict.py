@@ -102,14 +102,17 @@ def _of_gap(gap: Gap) -> str:
 
 
 def _samples(summary: Summary, arm: str) -> str:
-    """`at equal samples` where the counts agree to one batch of the arm, else the counts."""
+    """`at equal samples` where the counts agree to one batch of the arm, else the counts.
+
+    The run itself says which; of one that does not, the batch is that of its settings.
+    """
     counts = [
         summary.arms[name].mean.samples for name in ("federated", arm) if name in summary.arms
     ]
     ours, other = final(counts[0]), final(counts[-1])
     if ours is None or other is None:
         return "at samples not counted"
-    if abs(ours - other) <= _batch(summary, arm):
+    if summary.verdict.equal_samples.get(arm, abs(ours - other) <= _batch(summary, arm)):
         return "at equal samples"
     return f"at {text.count(ours)} samples against {text.count(other)}"
 

@@ -24,7 +24,7 @@ def of_codec(strategy: str = "fedavg", **transport: Any) -> dict[str, Any]:
         [{"federated": FEDERATED}],
         seeds=[1],
         clients=[],
-        model_bytes=0,
+        full_bytes=0,
         config={},
     )
     return {key: value for key, value in summary.items() if "codec" in key or "feedback" in key}

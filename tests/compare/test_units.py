@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.compare.plain import steps_for_samples
 from fedtune.compare.series import KEYS, mean_series, of_history
 from fedtune.compare.verdict import first_difference, spread, verdict
 
@@ -64,36 +63,8 @@ def test_columns_of_a_history() -> None:
     assert series["eval_f1"] == [0.5, None]
 
 
-@given(
-    samples=st.integers(1, 400),
-    rows=st.integers(1, 60),
-    micro=st.integers(1, 9),
-    accumulation=st.integers(1, 4),
-)
-def test_steps_for_samples_against_a_walk(
-    samples: int, rows: int, micro: int, accumulation: int
-) -> None:
-    """Walk the batches of the Trainer: the last one of an epoch is short, and so is its step."""
-    seen = steps = 0
-    while seen < samples:
-        left = rows
-        while left and seen < samples:
-            for _ in range(accumulation):
-                taken = min(micro, left)
-                seen, left = seen + taken, left - taken
-            steps += 1
-    assert steps_for_samples(samples, rows, rows, micro * accumulation) == steps
-
-
 def entry(step: int, loss: float, lr: float = 0.1, norm: float = 1.0) -> dict[str, float]:
     return {"step": step, "loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": 0.5}
-
-
-def test_steps_for_packed_samples() -> None:
-    """100 rows in 20 lines of 5: a batch of 4 lines sees 20 rows, so 50 rows take 3 steps."""
-    assert steps_for_samples(50, 100, 20, 4) == 3
-    assert steps_for_samples(150, 100, 20, 4) == 5 + 3
-    assert steps_for_samples(200, 100, 20, 4) == 10
 
 
 LOG = [entry(1, 3.0), entry(2, 2.0), {"step": 2, "eval_loss": 9.0}, entry(3, 1.0)]
@@ -138,7 +109,9 @@ def test_verdict_by_hand() -> None:
         parity={"identical": True, "first_diff_step": None},
         full_bytes=1000,
         time_split={"train": 2.0},
+        equal_samples={"centralized": False},
     )
+    assert rows["equal_samples"] == {"centralized": False}
     assert rows["gap_centralized_pct"]["mean"] == pytest.approx(0.0, abs=1e-9)
     assert rows["gap_centralized_pct"]["std"] == pytest.approx(math.sqrt(200))
     assert rows["gain_over_local_pct"]["mean"] == pytest.approx(30.0)

@@ -67,6 +67,18 @@ def test_verdict_in_words(tmp_path: Path):
     assert "train 83 %" in text
 
 
+@pytest.mark.parametrize(
+    ("equal", "words"), [(True, "at equal samples"), (False, "at 25,600 samples against 112")]
+)
+def test_samples_are_called_equal_only_where_they_are(tmp_path: Path, equal: bool, words: str):
+    raw = made_up_summary()
+    raw["arms"]["centralized"]["samples"][-1] = 112
+    unknown = verdict_lines(load(tmp_path, raw))[0]
+    raw["verdict"]["equal_samples"] = {"centralized": equal}
+    assert words in verdict_lines(load(tmp_path, raw))[0]
+    assert "at 25,600 samples against 112" in unknown  # of an earlier version
+
+
 def test_without_a_comparison_the_loss_is_the_verdict(tmp_path: Path):
     lines = verdict_lines(load(tmp_path, {"arms": {"federated": {"eval_loss": [2.9, 2.5]}}}))
     assert lines == ["Federated training lowers held-out loss: 2.900 to 2.500 in 1 round."]

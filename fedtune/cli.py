@@ -28,6 +28,10 @@ DEPLOYMENT = {
 }
 
 
+OF_RUNS = "--output_dir of a run; one of several strategies stands for all of them"
+TABLES = ("table", "markdown", "csv", "latex", "json")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (doctor found a fault) or 2 (a one-line error)."""
     try:
@@ -54,12 +58,21 @@ def _parser(asked: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     plot = _add(commands, "plot", _plot, "Redraw the curves and report of runs; compare several.")
-    plot.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="--output_dir of it")
+    plot.add_argument("directories", nargs="+", type=Path, metavar="DIR", help=OF_RUNS)
     plot.add_argument(
         "--output",
         type=Path,
         default=Path("compare.png"),
         help="of several runs, else compare.png",
+    )
+
+    compare = _add(commands, "compare", _compare, "Runs in one table, each against the first.")
+    compare.add_argument("directories", nargs="+", type=Path, metavar="DIR", help=OF_RUNS)
+    compare.add_argument(
+        "--format",
+        choices=TABLES,
+        default="table",
+        help="csv and json: every figure in full, under names that stay",
     )
 
     export = _add(commands, "export", _export, "Copy a run's adapter, or merge it into its base.")
@@ -93,20 +106,43 @@ def _add(
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from fedtune.report.formats import render_runs
     from fedtune.report.html import write_report
     from fedtune.report.plots import draw_compare, draw_loss
     from fedtune.report.series import load_summary
+    from fedtune.report.several import run_directories
+    from fedtune.report.side_by_side import run_rows
     from fedtune.report.table import traffic_table
+    from fedtune.report.unlike import notes
 
-    summaries = [load_summary(directory) for directory in args.directories]
-    for directory, summary in zip(args.directories, summaries, strict=True):
+    directories = run_directories(args.directories)
+    summaries = [load_summary(directory) for directory in directories]
+    for directory, summary in zip(directories, summaries, strict=True):
         print(draw_loss(summary, directory / "loss.png"))
         print(write_report(directory))
     if len(summaries) > 1:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        print(draw_compare(summaries, args.output))
+        remarks = notes(summaries)
+        print(draw_compare(summaries, args.output, remarks))
+        print(render_runs(run_rows(summaries), remarks, "table"))
         if table := traffic_table(summaries):
             print(table)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from fedtune.report.formats import render_runs
+    from fedtune.report.series import load_summary
+    from fedtune.report.several import run_directories
+    from fedtune.report.side_by_side import run_rows
+    from fedtune.report.unlike import notes
+
+    summaries = [load_summary(directory) for directory in run_directories(args.directories)]
+    remarks = notes(summaries)
+    print(render_runs(run_rows(summaries), remarks, args.format))
+    if args.format == "csv":
+        for note in remarks:
+            print(f"warning: {note.words}", file=sys.stderr)
     return 0
 
 

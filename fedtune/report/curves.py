@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedtune.report import text
 from fedtune.report.records import Arm, Series, Summary, Values, last
 
 __all__ = [
@@ -144,18 +145,35 @@ def compare_curves(summaries: Sequence[Summary]) -> list[Curve]:
 
 
 def _compare_labels(summaries: Sequence[Summary]) -> list[str]:
-    """`directory (strategy, codec)`: only what differs and is not the directory's name."""
-    facts = [(summary.setting("strategy"), summary.setting("codec")) for summary in summaries]
+    """`directory (strategy, codec, 2 rounds)`: only what differs and is not the directory's name.
+
+    So that nobody reads a longer training as a better method.
+    """
+    facts = [
+        (
+            summary.setting("strategy"),
+            summary.setting("codec"),
+            f"{summary.rounds} round{'' if summary.rounds == 1 else 's'}",
+            _seen(summary),
+            summary.status,
+        )
+        for summary in summaries
+    ]
     told = [len(set(column)) > 1 for column in zip(*facts, strict=True)]
     labels = []
     for name, fact in zip(run_names(summaries), facts, strict=True):
         known = ", ".join(
             value
             for value, differs in zip(fact, told, strict=True)
-            if differs and value not in (None, name)
+            if differs and value not in (None, name, "completed")
         )
         labels.append(f"{name} ({known})" if known else name)
     return labels
+
+
+def _seen(summary: Summary) -> str | None:
+    samples = last(summary.federated.mean.samples)
+    return None if samples is None else f"{text.compact(samples)} samples"
 
 
 def run_names(summaries: Sequence[Summary]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from fedtune.report import text
@@ -17,6 +18,7 @@ from fedtune.report.curves import (
 )
 from fedtune.report.records import Summary, Values, last
 from fedtune.report.svg import spread_out
+from fedtune.report.unlike import Note
 from fedtune.report.verdict import headline
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_compare", "draw_loss"]
 
-INK, SOFT, RULE = "#15191e", "#5a6470", "#e6e9ed"
+INK, SOFT, RULE, WARNING = "#15191e", "#5a6470", "#e6e9ed", "#b3400a"
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
@@ -50,6 +52,7 @@ STYLE: Any = {
     "ytick.major.size": 0,
 }
 WIDTH_IN, DPI = 9.6, 200  # 1920 px: sharp when shown at 900
+NOTE_IN, NOTE_WIDTH = 0.19, 130  # height of a line below a picture; its characters
 SAME = 0.01  # of a line's height: nearer lines cannot be told apart
 DRAFT_DPI = 100  # while labels are placed; positions are in points and so hold at any DPI
 
@@ -90,13 +93,18 @@ def draw_loss(summary: Summary, path: str | Path) -> Path:
         return _save(figure, path)
 
 
-def draw_compare(summaries: Sequence[Summary], path: str | Path) -> Path:
-    """One federated curve per run."""
+def draw_compare(
+    summaries: Sequence[Summary], path: str | Path, notes: Sequence[Note] = ()
+) -> Path:
+    """One federated curve per run; below, what a reader must know before comparing them."""
+    told = [(line, note.serious) for note in notes for line in wrap(note.words, NOTE_WIDTH)]
     with _style():
-        figure = _figure(4.9)
+        height = 4.9 + NOTE_IN * len(told)
+        figure = _figure(height)
         curves = compare_curves(summaries)
         longest = max((len(curve.label) for curve in curves), default=0)
-        figure.subplots_adjust(right=1 - (0.85 + 0.08 * longest) / WIDTH_IN)
+        right = max(0.4, 1 - (0.85 + 0.08 * longest) / WIDTH_IN)
+        figure.subplots_adjust(right=right, bottom=(0.72 + NOTE_IN * len(told)) / height)
         titles = {_x_title(summary) for summary in summaries}
         _draw(
             figure.add_subplot(),
@@ -106,6 +114,10 @@ def draw_compare(summaries: Sequence[Summary], path: str | Path) -> Path:
         )
         runs = f"{len(summaries)} run{'' if len(summaries) == 1 else 's'}"
         _titles(figure, f"Held-out loss of {runs}", "Federated arm; bands span the seeds")
+        for index, (line, serious) in enumerate(reversed(told)):
+            place = (0.12 + NOTE_IN * index) / height
+            color, weight = (WARNING, "bold") if serious else (SOFT, "normal")
+            figure.text(0.03, place, line, fontsize=9, color=color, fontweight=weight)
         return _save(figure, path)
 
 

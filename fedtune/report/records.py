@@ -113,6 +113,8 @@ class Summary:
     versions: Mapping[str, Any]
     clients: tuple[ClientData, ...] = ()
     base_loss: float | None = None  # of the base model without an adapter
+    data: Mapping[str, Any] = field(default_factory=dict)  # what was read, by content
+    model: Mapping[str, Any] = field(default_factory=dict)  # base model and tokenizer, by content
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,6 +126,19 @@ class Summary:
     def rounds(self) -> int:
         """Finished rounds R."""
         return len(self.federated.mean.eval_loss) - 1
+
+    @property
+    def status(self) -> str:
+        """`completed`, `failed`, `interrupted` or `killed`."""
+        return str(self.extra.get("status") or "completed")
+
+    @property
+    def seed_names(self) -> tuple[str, ...]:
+        """Of each series in `federated.runs`; positions where they were not written."""
+        named = self.extra.get("means_over_seeds") or self.extra.get("seeds")
+        if isinstance(named, list) and len(named) == self.seeds:
+            return tuple(map(str, named))
+        return tuple(f"#{index}" for index in range(self.seeds))
 
     @property
     def seeds(self) -> int:

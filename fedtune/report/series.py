@@ -54,7 +54,7 @@ def load_summary(directory: str | Path) -> Summary:
     arms = {str(name): _arm(str(name), arm, path) for name, arm in raw["arms"].items()}
     if "federated" not in arms or not arms["federated"].mean.eval_loss:
         raise _unknown(path, 'an arm "federated" with "eval_loss"')
-    known = {"arms", "verdict", "config", "versions", "data", "base_loss"}
+    known = {"arms", "verdict", "config", "versions", "data", "model", "base_loss"}
     return Summary(
         directory=Path(directory),
         arms=arms,
@@ -63,6 +63,8 @@ def load_summary(directory: str | Path) -> Summary:
         versions=_mapping(raw.get("versions")),
         clients=_clients(_mapping(raw.get("data")).get("clients")),
         base_loss=number(raw.get("base_loss")),
+        data=_mapping(raw.get("data")),
+        model=_mapping(raw.get("model")),
         extra={key: value for key, value in raw.items() if key not in known},
     )
 

@@ -130,7 +130,7 @@ class Fold(Protocol):
         """Fold one client's parameters in."""
 
     def result(self) -> dict[str, Tensor]:
-        """The aggregate, in the dtypes of the inputs."""
+        """The aggregate, in the dtypes of the inputs; half precision may come unrounded."""
 
 
 @dataclass(frozen=True)
@@ -203,5 +203,11 @@ class Method:
     def step(
         self, old: Tensor, new: Tensor, state: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Server update of one tensor; `state` is what the previous round's step returned."""
-        return new, {}
+        """Server update of one tensor, in the dtype of `old`.
+
+        Args:
+            old: the global value.
+            new: the round's aggregate; of half precision it is not rounded yet.
+            state: what the previous round's step returned.
+        """
+        return new.to(old.dtype), {}

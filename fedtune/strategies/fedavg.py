@@ -2,8 +2,9 @@
 
     x <- sum_k p_k y_k,   p_k = w_k / sum_j w_j
 
-Server memory: one running sum. On LoRA it averages A and B apart, which is FedIT (arXiv
-2305.05644): the mean of the factors differs from the mean of the products by their covariance.
+Server memory: one running sum. The mean is rounded to the parameters' dtype once; nothing of it is
+kept, so that K equal updates return that update. On LoRA it averages A and B apart, which is FedIT
+(arXiv 2305.05644): the mean of the factors differs from that of the products by their covariance.
 """
 
 from __future__ import annotations

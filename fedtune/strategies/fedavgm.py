@@ -2,7 +2,8 @@
 
     m <- beta m + delta,   x <- x + lr m,   delta = sum_k p_k y_k - x
 
-The new delta enters in full, not as (1 - beta) delta; with beta 0 and lr 1 it is FedAvg to the bit.
+The new delta enters in full, not as (1 - beta) delta; with beta 0 and lr 1 it is FedAvg to the bit
+(in half precision it keeps what FedAvg's rounding loses in each round).
 Server memory: one tensor per parameter.
 """
 

@@ -20,6 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedtune.strategies.base import Method, Properties
+from fedtune.strategies.mean import unrounded
 from fedtune.strategies.settings import COUNT, NOT_NEGATIVE, setting
 
 __all__ = ["FedBuff"]
@@ -56,7 +57,7 @@ class FedBuff(Method):
         factor = (1 + age) ** -self.exponent
         return {
             name: (now[name].double() + factor * (value.double() - start[name].double())).to(
-                value.dtype
+                unrounded(value.dtype)
             )
             if value.is_floating_point()
             else value

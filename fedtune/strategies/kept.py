@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedtune.strategies.mean import unrounded
+
 __all__ = ["Keep", "by_coordinate"]
 
 Params = Mapping[str, Tensor]
@@ -50,5 +52,5 @@ def by_coordinate(
             for start in range(0, first.numel(), BLOCK)
         ]
         whole = torch.cat(parts) if parts else flat[0]
-        result[name] = whole.to(first.dtype).reshape(first.shape)
+        result[name] = whole.to(unrounded(first.dtype)).reshape(first.shape)
     return result

@@ -6,6 +6,7 @@ over values (not old value + mean difference), so that one client is reproduced 
 w_k y_k of fp32 values and integer weights below 2^29 are exact in fp64, and the sum is kept as an
 unevaluated pair hi + lo (TwoSum: Knuth, TAOCP 2, 4.2.2), which makes the rounded result independent
 of the order of arrival. Memory: two fp64 values per parameter, whatever the number of clients.
+The mean of half precision is not rounded here: the server's step comes before (`server_step.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["RunningMean", "toward"]
+__all__ = ["RunningMean", "toward", "unrounded"]
 
 # The temporaries of a block stay in the processor's cache.
 BLOCK = 1 << 15
@@ -79,11 +80,14 @@ class RunningMean:
         self._weight += Fraction(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """The mean, in each tensor's own dtype; raises ValueError when nothing was added."""
+        """The mean, in each tensor's `unrounded` dtype; ValueError when nothing was added."""
         if not self._weight:
             raise ValueError("no update was folded")
         weight = float(self._weight)
-        mean = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in self._like.items()}
+        mean = {
+            name: torch.empty(like.shape, dtype=unrounded(like.dtype))
+            for name, like in self._like.items()
+        }
         flat = {name: tensor.view(-1) for name, tensor in mean.items()}
 
         def divide(parts: Sequence[Part]) -> None:
@@ -107,6 +111,11 @@ class RunningMean:
             at += tensor.numel()
         # One large array of numpy: it comes in huge pages, six times as fast to touch first.
         self._sums = np.empty((2, at))
+
+
+def unrounded(dtype: torch.dtype) -> torch.dtype:
+    """Fp64 for half precision, whose aggregate is rounded once, after the server's step."""
+    return torch.float64 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def toward(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:

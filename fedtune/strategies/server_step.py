@@ -4,8 +4,9 @@
 
 Arithmetic is fp64. Memory rests in fp32 (fp64 for fp64 parameters): a relative error of 6e-8 in a
 round is far below the noise of a delta, and a full model's memory takes half the space. Parameters
-in half precision keep beside it what rounding to their dtype lost, so that many small moves add up
-as they would in fp32. Integer and bool tensors take the aggregate.
+in half precision keep beside it what rounding to their dtype lost, and `new` comes unrounded, so
+that many small moves of many clients add up as they would in fp32. Integer and bool tensors take
+the aggregate.
 """
 
 from __future__ import annotations

@@ -295,7 +295,8 @@ class FedStrategy(Strategy):
             outcome.client_drift = gathering.spread.around(squared_distance(result, self._global))
             outcome.update_norm = math.sqrt(squared_distance(new, self._global))
         if gathering.certificate is not None:
-            merged = {**self.static, **self._global, **result}
+            rounded = {n: value.to(self._global[n].dtype) for n, value in result.items()}
+            merged = {**self.static, **self._global, **rounded}
             errors = gathering.certificate.residuals(merged, added)
             outcome.residual, outcome.residual_fedavg = errors
         return new

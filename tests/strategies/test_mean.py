@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtune.strategies import RunningMean
+from fedtune.strategies.mean import unrounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANTISSA_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
@@ -23,7 +24,9 @@ def fold(updates: list[Tensor], by: list[int]) -> Tensor:
     mean = RunningMean()
     for update, weight in zip(updates, by, strict=True):
         mean.add({"x": update}, float(weight))
-    return mean.result()["x"]
+    result = mean.result()["x"]
+    assert result.dtype == unrounded(updates[0].dtype)
+    return result.to(updates[0].dtype)
 
 
 def any_values(dtype: torch.dtype) -> st.SearchStrategy[float]:

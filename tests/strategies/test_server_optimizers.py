@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedtune.strategies import Method
+from fedtune.strategies import Method, build_method
 from fedtune.strategies.diloco import DiLoCo
+from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
 from fedtune.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
-from tests.strategies.one_round import State, one_round
+from tests.strategies.one_round import State, one_fold, one_round
 
 LR, B1, B2, TAU = 0.1, 0.9, 0.99, 1e-3
 ADAPTIVE: list[FedAdam | FedYogi | FedAdagrad] = [
@@ -106,6 +107,49 @@ def test_small_moves_add_up_in_half_precision(dtype: torch.dtype) -> None:
     last = follow(FedAvgM(lr=0.01, beta=0.0), [bit] * 101, dtype)[-1]
     assert last.dtype == dtype
     assert last.item() == 1 + bit
+
+
+AVERAGING = ["fedavg", "fednova", "fedbuff", "median", "trimmed_mean"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rule", AVERAGING)
+def test_diloco_of_many_clients_is_sgd_on_master_weights(rule: str, dtype: torch.dtype) -> None:
+    """The clients' mean is between two bf16 numbers, and torch's SGD has fp32 weights beside them.
+
+    A third of a bf16 step a round: what the aggregate or the step rounds away would be lost. fp32
+    moments and `lost` are off by 2^-24 of values below 3 a round.
+    """
+    joined = "diloco" if rule == "fedavg" else f"{rule}+diloco"
+    method = build_method(joined, weight_by="uniform")
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + torch.rand(40, generator=generator)).to(dtype)
+    master = x.float().clone().requires_grad_()
+    sgd = torch.optim.SGD([master], lr=0.7, momentum=0.9, nesterov=True)
+    state: State = {}
+    for _ in range(20):
+        steps = [torch.rand(40, generator=generator) < 1 / 3 for _ in range(7)]
+        updates = [{"w": x + 2.0**-7 * step.to(dtype)} for step in steps]
+        folded, _ = one_fold(method, {"w": x}, updates)
+        mean = folded["w"].double()  # which the rules' own tests hold against their definitions
+        if rule not in ("median", "trimmed_mean"):
+            plain = torch.stack([update["w"].double() for update in updates]).mean(0)
+            torch.testing.assert_close(mean, plain, rtol=0, atol=2.0**-23)
+        master.grad = (x.double() - mean).float()
+        sgd.step()
+        params, state = one_round(method, {"w": x}, updates, state=state)
+        x = params["w"]
+        kept = x.double() + state["w"]["lost"] if "lost" in state["w"] else x.double()
+        torch.testing.assert_close(kept, master.detach().double(), rtol=0, atol=20 * 3 * 2.0**-23)
+    assert x.dtype == dtype
+    assert float((x.float() - 1).abs().max()) > 0.01
+
+
+def test_fedavg_in_half_precision_keeps_nothing() -> None:
+    """K equal updates return that update, whatever was rounded before."""
+    x, bit = torch.ones(1, dtype=torch.bfloat16), torch.finfo(torch.bfloat16).eps
+    params, state = one_round(FedAvg(), {"w": x}, [{"w": x + bit}, {"w": x}, {"w": x}])
+    assert (params["w"].dtype, params["w"].item(), state) == (torch.bfloat16, 1.0, {"w": {}})
 
 
 def test_memory_rests_in_fp32_and_is_small() -> None:

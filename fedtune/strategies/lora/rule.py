@@ -24,7 +24,7 @@ from fedtune.strategies.lora.cumulative import Cumulative, accumulate
 from fedtune.strategies.lora.factors import Factors, stack
 from fedtune.strategies.lora.names import LoraModule, lora_modules
 from fedtune.strategies.lora.ranks import extend, pad
-from fedtune.strategies.mean import RunningMean
+from fedtune.strategies.mean import RunningMean, unrounded
 from fedtune.strategies.settings import COUNT, SHARE, setting
 
 __all__ = [
@@ -77,7 +77,7 @@ class Terms:
         return stack((p * self.scaling, factors) for p, factors in pairs)
 
     def mean(self) -> Factors:
-        """(sum p_k B_k, sum p_k A_k) in the clients' dtype; lower ranks count as padded with 0."""
+        """(sum p_k B_k, sum p_k A_k) as `RunningMean` has it; lower ranks are padded with 0."""
         return padded_mean(zip(self.factors, self.weights, strict=True))
 
     def widen(self, factors: Factors) -> Factors:
@@ -160,7 +160,7 @@ class ProductFold:
         self._others.add({n: tensor for n, tensor in params.items() if n not in names}, weight)
 
     def result(self) -> dict[str, Tensor]:
-        """The new adapter, in the dtypes of the inputs."""
+        """The new adapter, in the `unrounded` dtypes of the inputs."""
         if not self._updates:
             raise ValueError("no update was folded")
         updates = sorted(self._updates, key=fingerprint)
@@ -169,7 +169,9 @@ class ProductFold:
             terms = layer_terms(module, updates, self._now)
             layer = self._rule.combine(terms)
             b, a = terms.factors[0]
-            params |= {module.b: layer.adapter.B.to(b.dtype), module.a: layer.adapter.A.to(a.dtype)}
+            adapter = layer.adapter
+            params[module.b] = adapter.B.to(unrounded(b.dtype))
+            params[module.a] = adapter.A.to(unrounded(a.dtype))
             if layer.base is not None:
                 # Half precision would cost a sum over clients what the rule gained.
                 self.base[module.name] = layer.base.to(torch.promote_types(b.dtype, torch.float32))

@@ -14,11 +14,23 @@ from trl import SFTTrainer
 
 import fedtune
 from fedtune.adapters import attach_adapter, load_base
-from fedtune.data import as_label_prompt_rows, check_row_lengths
+from fedtune.data import (
+    as_label_prompt_rows,
+    check_held_out_labels,
+    check_row_lengths,
+    find_label_names,
+    load_rows,
+)
+
+
+def label_names(args):
+    """The labels of all rows; what is no column of labels is refused before anything is built."""
+    return find_label_names(load_rows(args.data), args.data)
 
 
 def build_model(args):
     """Base model with its prompt encoder, and the tokenizer; once per process."""
+    label_names(args)
     model, tokenizer = load_base(args.model, task="causal_lm")
     return attach_adapter(model, args.adapter, "causal_lm", args.training.seed), tokenizer
 
@@ -31,6 +43,8 @@ def build_trainer(args, model, tokenizer, train, evaluation):
         check_row_lengths(rows, model, tokenizer, args.training.max_length, where)
         return rows
 
+    if evaluation is not None:
+        check_held_out_labels(evaluation, args.data, label_names(args))
     return AnswerTrainer(
         model=model,
         args=args.training,

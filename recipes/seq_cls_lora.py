@@ -18,6 +18,7 @@ import fedtune
 from fedtune.adapters import attach_adapter, load_base
 from fedtune.data import (
     as_classification_rows,
+    check_held_out_labels,
     check_row_lengths,
     find_label_names,
     load_rows,
@@ -51,6 +52,8 @@ def build_trainer(args, model, tokenizer, train, evaluation):
             remove_columns="text",
         )
 
+    if evaluation is not None:
+        check_held_out_labels(evaluation, args.data, names)
     return Trainer(
         model=model,
         args=args.training,

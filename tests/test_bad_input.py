@@ -243,6 +243,18 @@ def test_labels(script, place):
     )
 
 
+@pytest.mark.parametrize("script", [PTUNING, SEQ_CLS], ids=lambda path: path.stem)
+def test_one_label_is_refused_before_a_model_is_built(script, place, monkeypatch):
+    write(place / "one_label.jsonl", [{**row, "label": "positive"} for row in ROWS])
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    refused(
+        place,
+        script,
+        "--train_file one_label.jsonl",
+        "column `label`: expected at least two labels, received `positive` in all 12 rows",
+    )
+
+
 def test_a_label_that_only_the_held_out_rows_have(place):
     flags = "--train_file good.jsonl --eval_file new_label.jsonl"
     refused(
@@ -288,6 +300,30 @@ MODELS = {
     ),
     "a torn adapter": ("--init_adapter torn", "--init_adapter", "torn", "cannot be read"),
 }
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [(LORA, "--dry_run"), (LORA, ""), (PTUNING, ""), (SEQ_CLS, "")]
+)
+def test_tokens_beyond_the_embedding(script, flags, place):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedtune.assets import MODEL_DIR
+
+    model, tokenizer = (
+        auto.from_pretrained(MODEL_DIR) for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    size = model.config.vocab_size
+    tokenizer.add_tokens(["w7"])
+    model.save_pretrained(place / "grown")
+    tokenizer.save_pretrained(place / "grown")
+    refused(
+        place,
+        script,
+        f"--train_file good.jsonl --model_name_or_path grown {flags}",
+        f"the tokenizer has {size + 1:,} tokens, the model {size:,} embeddings; row 8 (line 8 of "
+        f"good.jsonl) uses token {size:,} `w7`. Fix: resize the model",
+    )
 
 
 @pytest.fixture

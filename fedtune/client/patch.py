@@ -24,6 +24,7 @@ from fedtune.client.participant import Participant
 from fedtune.client.ranks import Ranks
 from fedtune.client.session import Session
 from fedtune.client.undisturbed import same_rng
+from fedtune.data.embeddings import check_trainer_tokens
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.relay.folder import ENVIRONMENT, RunFolder, SitePlan
 
@@ -200,6 +201,7 @@ def _prepare(trainer: Trainer, plan: SitePlan, options: Options) -> int:
     """Set the whole run's steps before the LR schedule is made; returns those of a round."""
     _check(trainer)
     check_loader(trainer, plan.client)
+    check_trainer_tokens(trainer)
     steps = _steps_per_round(trainer, plan, options)
     total = plan.num_rounds * steps
     if 0 < plan.max_steps < total:

@@ -30,6 +30,7 @@ from fedtune.client.memory import ClientMemory
 from fedtune.client.replies import LocalResult, Sent, agree
 from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.config import Arguments
+from fedtune.data.embeddings import check_trainer_tokens
 from fedtune.errors import ConfigError
 from fedtune.strategies.lora.manifests import at_ranks
 from fedtune.strategies.lora.padding import cut, widen
@@ -240,6 +241,7 @@ class Worker:
                 "received one with optimizers=(...). Use --optim and --lr_scheduler_type, or "
                 "override create_optimizer."
             )
+        check_trainer_tokens(trainer)
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         return trainer

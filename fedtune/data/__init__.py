@@ -6,10 +6,10 @@ from fedtune.data.formats import (
     as_classification_rows,
     as_label_prompt_rows,
     as_language_rows,
-    find_label_names,
     instruction_prompt,
     label_prompt,
 )
+from fedtune.data.labels import check_held_out_labels, find_label_names
 from fedtune.data.lengths import (
     check_lengths,
     check_row_lengths,
@@ -29,6 +29,7 @@ __all__ = [
     "as_classification_rows",
     "as_label_prompt_rows",
     "as_language_rows",
+    "check_held_out_labels",
     "check_lengths",
     "check_row_lengths",
     "client_table",

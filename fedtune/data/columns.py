@@ -150,9 +150,8 @@ def _say_what_is_no_text(rows: Dataset, name: str) -> None:
     found = bad_rows(rows, check)
     if found is not None:
         say_once(
-            f"column `{name}`: {found.total:,} cell{'s' if found.total > 1 else ''} that "
-            f"{'are' if found.total > 1 else 'is'} no text taken as text, the first as "
-            f"{found.received!r} in {found.first}."
+            f"column `{name}`: {found.total:,} cell{'s' if found.total > 1 else ''} of numbers, "
+            f"dates, true or false taken as text, the first as {found.received!r} in {found.first}."
         )
 
 

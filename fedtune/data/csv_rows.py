@@ -31,18 +31,15 @@ def read_csv(text: str, name: str, usual: str) -> tuple[dict[str, list[str]], li
     delimiter = _delimiter(text, usual)
     if delimiter != usual:
         say_once(f"{name} is read as separated by {NAMES[delimiter]}.")
-    records = _records(text, delimiter)
-    line, header = next(records, (1, []))
-    columns = _column_names(header, line)
-    rows = list(records)
-    ragged = [(at, len(cells)) for at, cells in rows if len(cells) != len(columns)]
-    if ragged:
-        at, count = ragged[0]
-        more = f" (and {len(ragged) - 1:,} more lines)" if len(ragged) > 1 else ""
-        raise BadText(
-            f"line {at} has {_cells(count)}{more}, its header {_cells(len(columns))}, separated "
-            f"by {NAMES[delimiter]}"
-        )
+    try:
+        columns, rows = _table(text, delimiter)
+    except BadText:
+        if delimiter != "\t":
+            raise
+        columns, rows = _table(text, delimiter, csv.QUOTE_NONE)
+        say_once(f"{name}: a quote is a character like any other in it.")
+    if _spaced(text, delimiter):
+        say_once(f"{name}: spaces after its {NAMES[delimiter]} are taken off.")
     values = zip(*(cells for _, cells in rows), strict=True) if rows else ([] for _ in columns)
     return (
         {column: list(cells) for column, cells in zip(columns, values, strict=True)},
@@ -50,15 +47,35 @@ def read_csv(text: str, name: str, usual: str) -> tuple[dict[str, list[str]], li
     )
 
 
-def _records(text: str, delimiter: str) -> Iterator[Record]:
-    spaced = f"{delimiter} " in text.split("\n", 1)[0]
+def _table(
+    text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL
+) -> tuple[list[str], list[Record]]:
+    """Names of the columns, and the records after them, all of as many cells."""
+    records = _records(text, delimiter, quoting)
+    line, header = next(records, (1, []))
+    columns = _column_names(header, line)
+    rows = list(records)
+    ragged = [(at, len(cells)) for at, cells in rows if len(cells) != len(columns)]
+    if ragged:
+        at, count = ragged[0]
+        others = len(ragged) - 1
+        more = f" (and {others:,} more line{'s' if others > 1 else ''})" if others else ""
+        raise BadText(
+            f"line {at} has {_cells(count)}{more}, its header {_cells(len(columns))}, separated "
+            f"by {NAMES[delimiter]}"
+        )
+    return columns, rows
+
+
+def _records(text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[Record]:
     limit = csv.field_size_limit(sys.maxsize)
     try:
         reader = csv.reader(
             io.StringIO(text, newline=""),
             delimiter=delimiter,
+            quoting=quoting,  # type: ignore[arg-type]
             strict=True,
-            skipinitialspace=spaced and delimiter != "\t",
+            skipinitialspace=_spaced(text, delimiter),
         )
         begin = 1
         for cells in reader:
@@ -70,6 +87,11 @@ def _records(text: str, delimiter: str) -> Iterator[Record]:
         raise BadText(f"line {begin} cannot be read: {reason}") from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _spaced(text: str, delimiter: str) -> bool:
+    """Whether the header has a space after its delimiters, so that all records may."""
+    return delimiter != "\t" and f"{delimiter} " in text.split("\n", 1)[0]
 
 
 def _delimiter(text: str, usual: str) -> str:
@@ -91,7 +113,7 @@ def _delimiter(text: str, usual: str) -> str:
 
 
 def _column_names(header: list[str], line: int) -> list[str]:
-    names = [name.strip() or f"unnamed_{i}" for i, name in enumerate(header)]
+    names = [name if name.strip() else f"unnamed_{i}" for i, name in enumerate(header)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise BadText(f"its header (line {line}) names the column {twice[0]!r} twice")

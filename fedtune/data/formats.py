@@ -13,8 +13,9 @@ from typing import Any
 from datasets import Dataset
 
 from fedtune.config import DataArguments
-from fedtune.data.columns import find_label_column, names_of, quoted, require_text
+from fedtune.data.columns import require_text
 from fedtune.data.detect import plain_texts, requests, row_format
+from fedtune.data.labels import find_label_names, label_column, labels_of
 from fedtune.data.origin import Faults, bad_rows, derive, row_name
 from fedtune.errors import ConfigError, DataError
 
@@ -22,7 +23,6 @@ __all__ = [
     "as_classification_rows",
     "as_label_prompt_rows",
     "as_language_rows",
-    "find_label_names",
     "instruction_prompt",
     "label_prompt",
 ]
@@ -68,7 +68,7 @@ def as_label_prompt_rows(rows: Dataset, data: DataArguments) -> Dataset:
 
 
 def _label_prompt_rows(rows: Dataset, data: DataArguments) -> Dataset:
-    labels = names_of(rows, _label_column(rows, data))
+    labels = labels_of(rows, data)
     prompts = [label_prompt(text) for text in plain_texts(rows, data)]
     return _pairs(prompts, [f" {label}" for label in labels])
 
@@ -90,11 +90,11 @@ def as_classification_rows(
 
 
 def _classification_rows(rows: Dataset, data: DataArguments, names: list[str]) -> Dataset:
-    column = _label_column(rows, data)
+    column = label_column(rows, data)
     ids = {name: i for i, name in enumerate(names)}
 
     def unknown(some: Dataset) -> Faults:
-        labels = enumerate(names_of(some, column))
+        labels = enumerate(labels_of(some, data))
         return [(i, repr(label)) for i, label in labels if label not in ids]
 
     bad = bad_rows(rows, unknown)
@@ -103,23 +103,8 @@ def _classification_rows(rows: Dataset, data: DataArguments, names: list[str]) -
             f"column `{column}`: expected one of {', '.join(names)}, received {bad.received} in "
             f"{bad.where}. Fix: correct what is named, or name all labels."
         )
-    labels = [ids[label] for label in names_of(rows, column)]
+    labels = [ids[label] for label in labels_of(rows, data)]
     return Dataset.from_dict({"text": plain_texts(rows, data), "labels": labels})
-
-
-def find_label_names(rows: Dataset, data: DataArguments) -> list[str]:
-    """Names of the classes: those of a ClassLabel, else the distinct labels, sorted.
-
-    Raises:
-        DataError: no label column, or an empty cell.
-    """
-    column = _label_column(rows, data)
-    declared = getattr(rows.features[column], "names", None)
-    if declared:
-        return [str(name) for name in declared]
-    found = set(names_of(rows, column))
-    numeric = all(name.removeprefix("-").isdecimal() for name in found)
-    return sorted(found, key=lambda name: (int(name) if numeric else 0, name))
 
 
 def instruction_prompt(instruction: str, given: str = "") -> str:
@@ -135,16 +120,6 @@ def label_prompt(text: str) -> str:
 
 def _pairs(prompts: list[str], completions: list[str]) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "completion": completions})
-
-
-def _label_column(rows: Dataset, data: DataArguments) -> str:
-    column = find_label_column(rows.column_names, data)
-    if column is None:
-        raise DataError(
-            f"columns: expected a label, received {quoted(rows.column_names)}. "
-            "Fix: name it with --label_column."
-        )
-    return column
 
 
 def _check_chat_template(tokenizer: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
+from fedtune.data.embeddings import check_tokens
 from fedtune.data.origin import UNKNOWN, row_name
 from fedtune.errors import DataError
 
@@ -32,18 +33,20 @@ def token_lengths(rows: Dataset, tokenizer: Any) -> list[int]:
 
     Classification rows (with `labels`) get no EOS.
     """
-    lengths: list[int] = []
+    return [len(ids) for ids in token_ids(rows, tokenizer)]
+
+
+def token_ids(rows: Dataset, tokenizer: Any) -> Iterator[list[int]]:
+    """Tokens of each converted row, as `token_lengths` counts them."""
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         if "messages" in batch:
             for turns in batch["messages"]:
                 ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
-                lengths.append(len(ids["input_ids"]))
+                yield ids["input_ids"]
         else:
             # not verbose: too long is this module's to judge, not a warning of the tokenizer
-            encoded = tokenizer(_texts(batch, tokenizer), verbose=False)
-            lengths += [len(ids) for ids in encoded["input_ids"]]
-    return lengths
+            yield from tokenizer(_texts(batch, tokenizer), verbose=False)["input_ids"]
 
 
 def context_length(model_config: Any) -> int | None:
@@ -72,7 +75,12 @@ def readable_length(model: Any) -> int | None:
 def check_row_lengths(
     rows: Dataset, model: Any, tokenizer: Any, max_length: int | None, where: str
 ) -> int:
-    """`check_lengths` of converted rows against `model`."""
+    """`check_lengths` of converted rows against `model`, whose embeddings must do for their tokens.
+
+    Raises:
+        DataError: as `check_lengths`; or a row uses a token that the model has no embedding for.
+    """
+    check_tokens(rows, model, tokenizer, token_ids)
     return check_lengths(
         token_lengths(rows, tokenizer),
         max_length=max_length,

@@ -8,6 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedtune.data.text import say_once
+
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -20,6 +22,12 @@ def own_cache(tmp_path_factory, monkeypatch):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     cache = tmp_path_factory.getbasetemp() / f"datasets-cache-{worker}"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_said_again():
+    """What is said once a process is said once a test."""
+    say_once.cache_clear()
 
 
 @pytest.fixture

@@ -171,6 +171,16 @@ def test_a_directory_is_no_file(tmp_path):
         load_rows(DataArguments(train_file=str(tmp_path)))
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    name = write(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read everything
+    with pytest.raises(DataError, match=r"rows\.jsonl: Permission denied\. Fix: check who may"):
+        load_rows(DataArguments(train_file=name))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

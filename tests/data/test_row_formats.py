@@ -214,7 +214,7 @@ def test_bad_language_rows_are_refused_in_one_line(columns, flags, message, chat
             "did you mean --label_column label?",
         ),
         (
-            {"label": ["x"], "body": ["a"]},
+            {"label": ["x", "y"], "body": ["a", "b"]},
             {},
             "Fix: rename them, or name the text with --text_column",
         ),
@@ -229,11 +229,11 @@ def test_bad_language_rows_are_refused_in_one_line(columns, flags, message, chat
             "expected names or whole numbers, received the fraction 0.5 in row 1",
         ),
         (
-            {"text": [""], "label": ["x"]},
+            {"text": ["", "b"], "label": ["x", "y"]},
             {},
             "column `text`: expected text, received an empty cell",
         ),
-        ({"messages": [CHAT], "label": ["x"]}, {}, "expected a text to classify"),
+        ({"messages": [CHAT, CHAT], "label": ["x", "y"]}, {}, "expected a text to classify"),
     ],
 )
 @pytest.mark.parametrize("convert", [as_label_prompt_rows, as_classification_rows])

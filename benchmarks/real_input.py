@@ -91,7 +91,7 @@ def row(name: str, directory: Path) -> dict[str, object]:
     verdict = summary.verdict
     return {
         "case": name,
-        "untuned": summary.federated.mean.eval_loss[0],
+        "base": summary.base_loss,
         "final": final,
         "gap_pct": vars(verdict.gap_centralized_pct),
         "gap_large_pct": vars(verdict.gap_large_batch_pct),
@@ -103,13 +103,13 @@ def row(name: str, directory: Path) -> dict[str, object]:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     """One line a seed, then the spread of the case."""
-    print("case                seed  untuned  federated  central  large b.  local   gap %  large %")
+    print("case                seed     base  federated  central  large b.  local   gap %  large %")
     for item in rows:
         final = item["final"]
         arms = zip(*(final[arm] for arm in final), strict=True)
         for index, (ours, central, large, local) in enumerate(arms):
             print(
-                f"{item['case']:<18} {index + 1:>5} {item['untuned']:>8.3f} {ours:>10.4f} "
+                f"{item['case']:<18} {index + 1:>5} {item['base']:>8.3f} {ours:>10.4f} "
                 f"{central:>8.4f} {large:>9.4f} {local:>6.4f} {100 * (ours / central - 1):>+7.2f} "
                 f"{100 * (ours / large - 1):>+8.2f}"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
+from fedtune.compare.own_rows import OwnRows
 from fedtune.compare.summary import settings_of
 from fedtune.config import Arguments, TransportArguments
 from fedtune.engines.delayed import DelayedGrid
@@ -29,7 +30,7 @@ from fedtune.server.store import RunStore
 from fedtune.server.submission import Submission
 from fedtune.strategies import FixedGlobal, Method, build_method, strategy_of
 
-__all__ = ["federate", "federate_control"]
+__all__ = ["federate", "federate_control", "own_scores"]
 
 Engine = Callable[[ServerRun, Worker], None]
 
@@ -50,6 +51,20 @@ def federate(args: Arguments, worker: Worker, directory: Path) -> tuple[ServerSt
     else:
         last = _in_this_process(args, worker, directory, store)
     return store.first(), last
+
+
+def own_scores(
+    args: Arguments, worker: Worker, last: ServerState, own: OwnRows
+) -> dict[str, float | None]:
+    """Loss of the last global on each client's own rows, with what the client keeps for itself.
+
+    Empty where that is in the client's process only.
+    """
+    method = strategy_of(args.federation)
+    if args.federation.engine == "flower" and not all(map(method.travels, last.params)):
+        return {}
+    personal = _personal(method, worker, last)
+    return own.final(last, personal, f"{args.training.seed}/{last.round + 1}")
 
 
 def _personal(method: Method, worker: Worker, state: ServerState) -> dict[str, dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fedtune.adapters.alone import NEW_HEAD
 from fedtune.adapters.live import ADALORA
 from fedtune.adapters.quant import keep_trainable, quantization_config
 from fedtune.config import AdapterArguments, ModelArguments
@@ -150,17 +151,23 @@ def load_base(
     auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     try:
         with seeded(HEAD_SEED):
-            base: PreTrainedModel = auto.from_pretrained(
-                path, **{key: value for key, value in options.items() if value is not None}
+            loaded: Any = auto.from_pretrained(
+                path,
+                output_loading_info=True,
+                **{key: value for key, value in options.items() if value is not None},
             )
     except DAMAGED as error:
         raise _no_model(path, f"a model for {task}", error) from None
+    base: PreTrainedModel = loaded[0]
+    new_head = task == "seq_cls" and bool(loaded[1]["missing_keys"])
     if options["quantization_config"] is not None:
         base = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             base, use_gradient_checkpointing=False
         )
         keep_trainable(base)
     _align_pad(base, tokenizer)
+    if new_head:
+        setattr(base, NEW_HEAD, True)
     return base, tokenizer
 
 

@@ -72,15 +72,8 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         name, task = name_of(context), EvaluateTask.of(message.content)
-        metrics, rows = get_worker().evaluate(name, task, Sent.of(message.content))
-        content = replies.evaluated(
-            name,
-            task.round,
-            metrics,
-            num_examples=rows.examples,
-            num_tokens=rows.tokens,
-        )
-        return Message(content, reply_to=message)
+        score = get_worker().evaluate(name, task, Sent.of(message.content))
+        return Message(replies.evaluated(name, task.round, score), reply_to=message)
 
     @app.query("finish")
     def finish(message: Message, context: Context) -> Message:

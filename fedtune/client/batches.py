@@ -1,8 +1,9 @@
 """Rows and tokens of one batch, whatever a collator makes of them.
 
 A token counts when the loss sees it: labels that are not -100; causal models shift labels, so
-position 0 of a line never counts there. Preference pairs have no labels but a mask of completions.
-Other batches without labels count the tokens of their id tensors, and without ids their rows.
+position 0 of a line never counts there, unless a prompt of virtual tokens lies before it.
+Preference pairs have no labels but a mask of completions. Other batches without labels count the
+tokens of their id tensors, and without ids their rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BatchSize", "count_batch"]
+__all__ = ["IGNORED", "BatchSize", "count_batch"]
 
 IGNORED = -100
 NO_TOKENS = ("position_ids", "token_type_ids", "seq_ids", "segment_ids")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from fedtune.adapters.alone import has_virtual_tokens
 from fedtune.client.batches import BatchSize, count_batch
+from fedtune.client.score import HeldOut
 from fedtune.client.undisturbed import same_rng
 
-__all__ = ["BatchCounter", "HeldOut", "held_out", "size_of"]
+__all__ = ["BatchCounter", "held_out", "size_of"]
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +75,6 @@ class BatchCounter:
 _told: WeakSet[Trainer] = WeakSet()
 
 
-class HeldOut(NamedTuple):
-    """Size of a held-out set."""
-
-    examples: int
-    tokens: int
-
-
 def held_out(trainer: Trainer) -> HeldOut:
     """Rows and label tokens of the trainer's eval set, or of all of them; counted only once.
 
@@ -110,6 +105,7 @@ def _count_set(trainer: Trainer, name: str | None) -> HeldOut:
 def size_of(trainer: Trainer, batch: Any) -> BatchSize:
     """Rows and tokens of a batch as `trainer` takes it."""
     shifts = bool(getattr(trainer, "_loss_shifts_labels", False))
+    shifts = shifts and not has_virtual_tokens(trainer.model)  # which predict a row's first token
     return count_batch(batch, shifts=shifts, padding=_padding(trainer))
 
 

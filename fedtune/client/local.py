@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fedtune.adapters import Manifest, load
+from fedtune.adapters.alone import NEW_HEAD, base_alone
+from fedtune.adapters.names import base_model
 from fedtune.client.client_round import ClientRound, refuse_fp16, remembers
 from fedtune.client.counter import BatchCounter
 from fedtune.client.data_order import continued, fresh
 from fedtune.client.memory import ClientMemory
+from fedtune.client.per_token import PerToken
 from fedtune.client.replies import LocalResult, Sent
-from fedtune.client.undisturbed import same_rng
+from fedtune.client.score import Score
+from fedtune.client.undisturbed import same_rng, silent, undisturbed
 from fedtune.errors import ConfigError
+from fedtune.strategies.updates import finite_or_none
 from fedtune.transport.messages import RoundTask
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "LocalResult",
     "derive_seed",
     "evaluate",
+    "evaluate_base",
     "model_of",
     "quality_metrics",
     "set_lr_position",
@@ -43,7 +50,10 @@ __all__ = [
 ]
 
 MEMORY = "memory"  # in a client's directory: what its method keeps
-NO_QUALITY = ("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy")
+NO_QUALITY = (
+    *("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy"),
+    *("_min_reward", "_max_reward"),  # of a batch, so of its size
+)
 
 
 def train_round(
@@ -114,15 +124,38 @@ def train_round(
     return result
 
 
-def evaluate(trainer: Trainer, sent: Sent, manifest: Manifest) -> dict[str, float]:
-    """Score parameters that the server has sent on the trainer's held-out set, on the live model.
+def evaluate(trainer: Trainer, sent: Sent, manifest: Manifest) -> Score:
+    """Score parameters that the server has sent on the trainer's held-out rows, on the live model.
 
-    The RNG is put back, so that evaluating does not change the training that follows.
+    Losses are per label token. The RNG is put back, so that evaluating does not change the training
+    that follows.
     """
     load(model_of(trainer), sent.params, manifest, base=sent.base)
-    with same_rng():
-        metrics = trainer.evaluate()
-    return quality_metrics(metrics)
+    with same_rng(), PerToken(trainer) as scored:
+        score = scored.score(trainer.evaluate())
+    return replace(score, metrics=quality_metrics(score.metrics))
+
+
+def evaluate_base(trainer: Trainer) -> float | None:
+    """Held-out loss per token of the base model without its adapter, of a model as it was built.
+
+    None where its classification head is new: no checkpoint has trained it.
+    """
+    model = model_of(trainer)
+    if getattr(base_model(model), NEW_HEAD, False):
+        return None
+    accelerator = trainer.accelerator
+    if not accelerator._models:  # as evaluating does, which would wrap the forward of the base
+        accelerator.prepare_model(model, evaluation_mode=True)
+    with (
+        silent(trainer),
+        undisturbed(trainer),
+        base_alone(model),
+        accelerator.autocast(),
+        PerToken(trainer) as scored,
+    ):
+        score = scored.score(trainer.evaluate())
+    return finite_or_none(score.metrics.get("eval_loss"))
 
 
 def model_of(trainer: Trainer) -> nn.Module:

@@ -26,6 +26,7 @@ from fedtune.client.conversation import Conversation
 from fedtune.client.live_round import LiveRound
 from fedtune.client.live_trainer import endless, schedule, weightless
 from fedtune.client.options import Options
+from fedtune.client.per_token import PerToken
 from fedtune.client.ranks import Ranks
 from fedtune.client.replies import Sent
 from fedtune.client.scoring import Scoring, evaluates_now
@@ -66,7 +67,8 @@ class Participant:
         self._options, self._ranks, self._folder = options, ranks, folder
         self._talk = Conversation(session, ranks, plan)
         self._round = LiveRound(trainer, plan, steps, options, self._talk)
-        self._scoring = Scoring(trainer, plan.client)
+        self._scored = PerToken(trainer)
+        self._scoring = Scoring(trainer, plan.client, self._scored)
         self._at_site: SiteModel | None = None
         self._epochs = 0
         self._final: Sent | None = None
@@ -94,6 +96,7 @@ class Participant:
             span = self.steps if self._options.restart_lr else None
             with (
                 self._round.counter,
+                self._scored,
                 endless(self.trainer, partial(setattr, self, "_epochs")),
                 schedule(self.trainer, span),
                 weightless(self.trainer, ours),

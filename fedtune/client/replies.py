@@ -9,6 +9,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from fedtune.adapters import Manifest
+from fedtune.client.score import Score
 from fedtune.errors import ManifestError
 from fedtune.transport.messages import ARRAYS, BASE, CONTROL, RoundTask, arrays_of, pack
 from fedtune.transport.records import config_of, to_arrays
@@ -115,18 +116,13 @@ def trained(client: str, task: RoundTask, result: LocalResult) -> RecordDict:
     )
 
 
-def evaluated(
-    client: str,
-    round_number: int,
-    metrics: Mapping[str, float],
-    *,
-    num_examples: int,
-    num_tokens: int,
-) -> RecordDict:
-    """Scores of the global parameters, and on how many rows and label tokens."""
+def evaluated(client: str, round_number: int, score: Score) -> RecordDict:
+    """Scores of the global parameters, and on how many rows and label tokens; also by set."""
+    sizes = {"": score.size, **{f":{prefix}": size for prefix, size in score.sets.items()}}
+    counts = {f"num-examples{where}": size.examples for where, size in sizes.items()}
+    counts |= {f"num-tokens{where}": size.tokens for where, size in sizes.items()}
     return pack(
-        metrics={**metrics, "num-examples": num_examples, "num-tokens": num_tokens},
-        config={"client": client, "round": round_number},
+        metrics={**score.metrics, **counts}, config={"client": client, "round": round_number}
     )
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from flwr.app import RecordDict
 from transformers import IntervalStrategy, Trainer, TrainerControl, TrainerState
 
 from fedtune.client import replies
-from fedtune.client.counter import held_out
 from fedtune.client.local import quality_metrics
+from fedtune.client.per_token import PerToken
 from fedtune.client.undisturbed import undisturbed
 
 __all__ = ["Scoring", "evaluates_now"]
 
 
 class Scoring:
-    """At most one evaluation is waited for at a time."""
+    """At most one evaluation is waited for at a time.
 
-    def __init__(self, trainer: Trainer, client: str) -> None:
-        self._trainer, self._client = trainer, client
+    Args:
+        scored: entered around the trainer's evaluations, so that their losses are per token.
+    """
+
+    def __init__(self, trainer: Trainer, client: str, scored: PerToken) -> None:
+        self._trainer, self._client, self._scored = trainer, client, scored
         self._request: RecordDict | None = None
         self._found: dict[str, float] = {}
-        self._parts = 0
+        self._missing: set[str] = set()
 
     @property
     def waits(self) -> bool:
@@ -31,35 +36,29 @@ class Scoring:
 
     def ask(self, request: RecordDict) -> None:
         """The parameters to score are in the model."""
-        self._request, self._found, self._parts = request, {}, 0
+        self._request, self._found = request, {}
+        self._missing = set(self._scored.prefixes)
 
     def take(self, metrics: Mapping[str, float]) -> bool:
-        """The Trainer has evaluated a held-out set; whether that was the last of them."""
+        """The Trainer has evaluated some rows; whether all held-out sets are scored by now."""
+        mine = {prefix for prefix in self._missing if f"{prefix}_runtime" in metrics}
+        if not mine:  # a callback's own, of other rows
+            return False
         self._found.update(metrics)
-        self._parts += 1
-        return self._is_whole
-
-    @property
-    def _is_whole(self) -> bool:
-        sets = self._trainer.eval_dataset
-        return self._parts >= (len(sets) if isinstance(sets, dict) else 1)
+        self._missing -= mine
+        return not self._missing
 
     def answer(self) -> RecordDict:
         """The reply: what was taken, else an evaluation that leaves a trace in the log only."""
         assert self._request is not None
         number = replies.round_of(self._request)
         self._request = None
-        if not self._is_whole:
+        if self._missing:
             with undisturbed(self._trainer):
                 self._found = self._trainer.evaluate()
-        rows = held_out(self._trainer)
-        return replies.evaluated(
-            self._client,
-            number,
-            quality_metrics(self._found),
-            num_examples=rows.examples,
-            num_tokens=rows.tokens,
-        )
+        score = self._scored.score(self._found)
+        score = replace(score, metrics=quality_metrics(score.metrics))
+        return replies.evaluated(self._client, number, score)
 
 
 def evaluates_now(trainer: Trainer, state: TrainerState, control: TrainerControl) -> bool:

@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["get_rng", "same_rng", "same_state", "set_rng", "undisturbed"]
+__all__ = ["get_rng", "same_rng", "same_state", "set_rng", "silent", "undisturbed"]
 
 
 def get_rng() -> dict[str, Any]:
@@ -81,3 +81,16 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
             module.training = mode
         for callback, attributes in counted:
             vars(callback).update(attributes)
+
+
+@contextmanager
+def silent(trainer: Trainer) -> Iterator[None]:
+    """No callback and no tracker hears of what happens inside, nor does the trainer's history."""
+    handler, state = trainer.callback_handler, trainer.state
+    callbacks, history = handler.callbacks, list(state.log_history)
+    handler.callbacks = []
+    try:
+        yield
+    finally:
+        handler.callbacks = callbacks
+        state.log_history = history

@@ -24,10 +24,10 @@ from fedtune.adapters import (
     load_static,
 )
 from fedtune.client.client_round import completed, remembers
-from fedtune.client.counter import HeldOut, held_out
-from fedtune.client.local import MEMORY, evaluate, train_round
+from fedtune.client.local import MEMORY, evaluate, evaluate_base, train_round
 from fedtune.client.memory import ClientMemory
 from fedtune.client.replies import LocalResult, Sent, agree
+from fedtune.client.score import Score
 from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.config import Arguments
 from fedtune.data.embeddings import check_trainer_tokens
@@ -178,16 +178,17 @@ class Worker:
         shapes = {name: entry.shape for name, entry in own.entries.items()}
         return replace(result, params=cut(result.params, shapes))
 
-    def evaluate(
-        self, client: str, task: EvaluateTask, sent: Sent
-    ) -> tuple[dict[str, float], HeldOut]:
-        """Metrics of what was sent, with the client's own, and how many held-out rows there are."""
+    def base_loss(self) -> float | None:
+        """Held-out loss of the base model alone; to be asked before anything is trained."""
+        return evaluate_base(self.trainer(self.evaluator))
+
+    def evaluate(self, client: str, task: EvaluateTask, sent: Sent) -> Score:
+        """Score of what was sent, with what the client keeps for itself."""
         trainer = self.trainer(self.evaluator)
         memory = ClientMemory(self.work_dir / client / MEMORY)
         kept = memory.read(task.resume_round if remembers(task) else 0)
         params = completed(self._widened(sent.params), kept, task.personal)
-        metrics = evaluate(trainer, Sent(params, sent.base), self._agreed(self.manifest))
-        return metrics, HeldOut(len(self.evaluation), held_out(trainer).tokens)
+        return evaluate(trainer, Sent(params, sent.base), self._agreed(self.manifest))
 
     def at_rank_of(self, client: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of the live adapter with the ranks that a client does not have at zero."""

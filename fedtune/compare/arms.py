@@ -17,6 +17,7 @@ from fedtune.adapters import export_adapter
 from fedtune.client.loader import check_loader
 from fedtune.client.local import steps_of
 from fedtune.client.worker import Worker
+from fedtune.compare.own_rows import OwnRows
 from fedtune.compare.plain import PlainRun, run_plain
 from fedtune.compare.schedule import steps_to_see
 from fedtune.compare.series import SeriesDict, mean_series, of_history
@@ -43,6 +44,7 @@ class ArmInput:
         history: the federated arm, one record per round.
         directory: `arms/` of the run.
         federate: runs a federation inline.
+        own: scores what an arm ends with on each client's own held-out rows.
     """
 
     args: Arguments
@@ -51,6 +53,7 @@ class ArmInput:
     history: Sequence[dict[str, Any]]
     directory: Path
     federate: FederatedRun
+    own: OwnRows | None = None
 
     @property
     def built(self) -> ServerState:
@@ -91,7 +94,11 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     _export(given, name, run.params)
     series = of_history(run.history)
     apart = abs(series["samples"][-1] - marks[-1])
-    return {**series, "equal_samples": apart == 0 or apart < run.last_rows}
+    return {
+        **series,
+        "equal_samples": apart == 0 or apart < run.last_rows,
+        "own": given.own.scores(run.params) if given.own else {},
+    }
 
 
 def _local(given: ArmInput) -> dict[str, Any]:
@@ -99,6 +106,7 @@ def _local(given: ArmInput) -> dict[str, Any]:
     rounds = len(given.history) - 1
     clients: list[dict[str, Any]] = []
     series: list[SeriesDict] = []
+    own: dict[str, float | None] = {}
     best: tuple[float, PlainRun] | None = None
     for client, rows in worker.train.items():
         trainer = worker.new_trainer(rows, worker.evaluation, f"local-{client}")
@@ -109,13 +117,15 @@ def _local(given: ArmInput) -> dict[str, Any]:
         run = _train(given, label, trainer, start, max_steps=last, marks=marks, mark_by="steps")
         series.append(of_history(run.history))
         clients.append({"client": client, **series[-1]})
+        if given.own is not None:
+            own[client] = given.own.score(client, run.params)
         loss = run.history[-1]["eval_loss"]  # None when this client diverged
         final = math.inf if loss is None else float(loss)
         if best is None or final < best[0]:
             best = (final, run)
     if best is not None:
         _export(given, "local", best[1].params)
-    return {**mean_series(series), "clients": clients}
+    return {**mean_series(series), "clients": clients, "own": own}
 
 
 def _fixed_global(given: ArmInput) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from fedtune.adapters import Manifest, collect, load
 from fedtune.client.counter import BatchCounter
 from fedtune.client.local import evaluate, model_of, quality_metrics
+from fedtune.client.per_token import PerToken
 from fedtune.client.replies import Sent
 from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.strategies.updates import finite_or_none
@@ -56,11 +57,11 @@ def run_plain(
     run = PlainRun()
     counter = BatchCounter(trainer)
     if marks:
-        metrics = evaluate(trainer, Sent(params), manifest)
+        metrics = evaluate(trainer, Sent(params), manifest).metrics
         run.history.append(_record(0, metrics, counter, None, 0.0))
-    callback = _Marks(params, manifest, marks, mark_by, counter, run, on_step)
-    trainer.add_callback(callback)
-    with counter:
+    with counter, PerToken(trainer) as scored:
+        callback = _Marks(params, manifest, marks, mark_by, counter, scored, run, on_step)
+        trainer.add_callback(callback)
         trainer.train()
     trainer.remove_callback(callback)
     run.params = collect(model_of(trainer))
@@ -78,13 +79,16 @@ class _Marks(TrainerCallback):
         marks: Sequence[int],
         mark_by: str,
         counter: BatchCounter,
+        scored: PerToken,
         run: PlainRun,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self._params, self._manifest = params, manifest
         self._marks, self._mark_by = list(marks), mark_by
-        self._counter, self._run, self._on_step = counter, run, on_step
+        self._counter, self._scored = counter, scored
+        self._run, self._on_step = run, on_step
         self._rng: dict[str, Any] | None = None
+        self._found: dict[str, float] = {}
         self._rows = 0
         self._started = 0.0
         self._losses: list[float] = []
@@ -131,6 +135,10 @@ class _Marks(TrainerCallback):
     ) -> None:
         if self._rng is None or not self._marks:
             return
+        self._found.update(metrics or {})
+        if not all(f"{prefix}_runtime" in self._found for prefix in self._scored.prefixes):
+            return  # one of several held-out sets
+        found, self._found = self._scored.score(self._found).metrics, {}
         set_rng(self._rng)
         self._rng = None
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
@@ -139,9 +147,7 @@ class _Marks(TrainerCallback):
         for _ in self._due(state):
             self._marks.pop(0)
             number = len(self._run.history)
-            self._run.history.append(
-                _record(number, metrics or {}, self._counter, train_loss, seconds)
-            )
+            self._run.history.append(_record(number, found, self._counter, train_loss, seconds))
 
     def _due(self, state: TrainerState) -> list[int]:
         """Marks that are to be read after this step."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fedtune.compare.series import mean_series
-from fedtune.compare.verdict import verdict
+from fedtune.compare.verdict import own_gain, verdict
 from fedtune.config import Arguments, FederationArguments, TransportArguments, sampled_clients
 from fedtune.strategies import strategy_of
 from fedtune.transport.settings import CodecSettings
@@ -33,11 +33,15 @@ def build_summary(
     clients: Sequence[Mapping[str, Any]],
     full_bytes: int,
     config: Mapping[str, Any],
+    base_loss: float | None = None,
+    own_rows: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The summary over seeds; series are means, `runs` holds one series per seed.
 
     `full_bytes` is the size of the whole base model, 0 where it is not known; `config` is every
-    setting.
+    setting; `base_loss` is the held-out loss of the base model alone, where that is known;
+    `own_rows` how many of the held-out rows are like each client's own, None where they cannot be
+    told apart.
     """
     sampled = sampled_clients(federation.fraction_train, len(clients))
     series = {
@@ -62,9 +66,11 @@ def build_summary(
         "engine": federation.engine,
         **_codec(federation, transport),
         "seeds": list(seeds),
+        "base_loss": base_loss,
         "arms": arms,
         "verdict": verdict(
             series,
+            own=own_gain(results, own_rows),
             parity=parity,
             full_bytes=2 * sampled * full_bytes,
             time_split=_time_split(results),

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.compare.series import SeriesDict
 
-__all__ = ["first_difference", "spread", "verdict"]
+__all__ = ["first_difference", "own_gain", "spread", "verdict"]
 
 
 def verdict(
@@ -18,12 +18,14 @@ def verdict(
     full_bytes: int,
     time_split: Mapping[str, float],
     equal_samples: Mapping[str, bool] | None = None,
+    own: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Rows over seeds. `arms` maps an arm to one series per seed, in the order of the seeds.
 
     Gaps and gains compare final eval losses: gap = federated / other - 1, gain = 1 - federated /
     local mean, in percent. `full_bytes` is one exchange of the full model with the same clients,
     both ways. `equal_samples`: whether an arm ends within a batch of the federated one's samples.
+    `own` is what `own_gain` found.
     """
     federated = [run["eval_loss"][-1] for run in arms["federated"]]
 
@@ -45,10 +47,44 @@ def verdict(
         "gap_large_batch_pct": over_seeds("centralized_large_batch", _gap),
         "gain_over_local_pct": over_seeds("local", _gain),
         "equal_samples": dict(equal_samples or {}),
+        "gain_over_local_own_pct": own,
         "parity": parity,
         "bytes_ratio_full": sent / (rounds * full_bytes) if full_bytes else None,
         "time_split": dict(time_split),
     }
+
+
+def own_gain(
+    results: Sequence[Mapping[str, Any]], rows: Mapping[str, int] | None
+) -> dict[str, Any] | None:
+    """Gain over local of each client on its own held-out rows; None without that arm, or rows.
+
+    Losses and gains of a client are means over seeds; `mean` and `std` are over seeds, of the mean
+    over clients. A client that diverged, or has no such rows, has no gain and is in no mean.
+    """
+    if rows is None or "local" not in results[0]:
+        return None
+    arms = [arm for arm in ("local", "federated", "centralized") if arm in results[0]]
+    clients, gains = [], []
+    for client, count in rows.items():
+        losses: dict[str, list[Any]] = {
+            arm: [(result[arm].get("own") or {}).get(client) for result in results] for arm in arms
+        }
+        pairs = list(zip(losses["federated"], losses["local"], strict=True))
+        known = [pair for pair in pairs if None not in pair]
+        gain = [_gain(*pair) for pair in known] if len(known) == len(pairs) else []
+        if gain:
+            gains.append(gain)
+        means = {arm: _mean(values) for arm, values in losses.items()}
+        clients.append({"client": client, "rows": count, **means, "gain_pct": _mean(gain)})
+    by_seed = [sum(column) / len(column) for column in zip(*gains, strict=True)]
+    found = spread(by_seed) if by_seed else {"mean": None, "std": None}
+    return {**found, "clients": clients}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _gap(ours: float, other: float) -> float:

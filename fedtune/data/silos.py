@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from fedtune.config import DataArguments
-from fedtune.data.columns import find_label_column, names_of, quoted, require_column
+from fedtune.data.columns import find_label_column, names_of, quoted, require_column, shown_names
 from fedtune.data.load import load_split
 from fedtune.data.origin import select
+from fedtune.data.own_rows import own_rows
 from fedtune.data.partition import partition
 from fedtune.errors import ConfigError
 
@@ -26,7 +27,9 @@ class Silos:
 
     `indices[k]` are the positions of client k's rows in the training rows (those left after the
     held-out ones are taken). `owned[k]` are the column values that client k owns under
-    `--partition column`, most rows first, and empty under the other kinds.
+    `--partition column`, most rows first, and empty under the other kinds. `own[k]` are the
+    positions of the held-out rows that are like client k's own (`own_rows.py`); None where they
+    cannot be told apart.
     """
 
     train: list[Dataset]
@@ -34,6 +37,15 @@ class Silos:
     names: list[str]
     indices: list[list[int]]
     owned: list[list[str]] = field(default_factory=list)
+    own: list[list[int]] | None = None
+
+    @property
+    def own_evaluation(self) -> dict[str, Dataset] | None:
+        """Each client's own held-out rows by its name; None where they cannot be told apart."""
+        if self.own is None:
+            return None
+        rows = (select(self.evaluation, part) for part in self.own)
+        return dict(zip(self.names, rows, strict=True))
 
 
 def make_silos(data: DataArguments, *, num_clients: int, min_rows: int, data_seed: int) -> Silos:
@@ -65,7 +77,11 @@ def make_silos(data: DataArguments, *, num_clients: int, min_rows: int, data_see
     if values is not None and data.partition == "dirichlet":
         _warn_single_class(names, indices, values)
     train = [select(rows, part) for part in indices]
-    return Silos(train, evaluation, names, indices, owned)
+    own = None
+    if name is not None and values is not None and name in evaluation.column_names:
+        mine = [[values[i] for i in part] for part in indices]
+        own = own_rows(data.partition, shown_names(evaluation, name), mine, seed=data_seed)
+    return Silos(train, evaluation, names, indices, owned, own)
 
 
 def _partition_column(rows: Dataset, data: DataArguments, label: str | None) -> str | None:

@@ -31,6 +31,7 @@ PALETTE = {  # tone: (on white, on dark)
     "local": ("#009e73", "#3fc79a"),
     "fixed_global": ("#7b8490", "#8d97a3"),
     "violet": ("#a3508a", "#da9bc6"),
+    "base": ("#3b424a", "#c6cdd4"),
 }
 COMPARE_TONES = (
     "federated",
@@ -72,7 +73,7 @@ class Curve:
 
 
 def loss_curves(summary: Summary) -> list[Curve]:
-    """Eval loss against samples seen by all clients together, one curve per arm.
+    """Eval loss against samples seen by all clients together, one curve per arm; the base model.
 
     Local models and the control are drawn at the round they belong to, which is the federated x.
     """
@@ -96,7 +97,15 @@ def loss_curves(summary: Summary) -> list[Curve]:
                 dashed=name == "fixed_global",
             )
         )
-    return curves
+    return [*curves, *_base_curve(summary, curves)]
+
+
+def _base_curve(summary: Summary, curves: Sequence[Curve]) -> list[Curve]:
+    """The base model's own loss, over the width of the others."""
+    base, xs = summary.base_loss, [x for curve in curves for x in curve.x if x is not None]
+    if base is None or not xs:
+        return []
+    return [Curve("base", "base model", (min(xs), max(xs)), (base, base), dashed=True)]
 
 
 def gap_curves(summary: Summary) -> list[Curve]:

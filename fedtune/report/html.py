@@ -99,7 +99,7 @@ def _loss_figure(summary: Summary) -> str:
         x_title="samples seen, all clients together" if counted else "round",
         y_text=text.loss,
         title="Held-out loss against samples seen",
-        start="untuned",
+        start=summary.start,
     )
     if not chart:
         return ""

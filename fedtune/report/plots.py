@@ -238,7 +238,7 @@ def _start_label(axes: Axes, summary: Summary) -> None:
     first = summary.federated.mean.eval_loss[0]
     if first is not None:
         axes.annotate(
-            f"untuned {text.loss(first)}",
+            f"{summary.start} {text.loss(first)}",
             xy=(axes.get_xlim()[0], first),
             xytext=(6, 7),
             textcoords="offset points",

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "Arm",
     "ClientData",
+    "OwnRow",
     "Parity",
     "Refusal",
     "RoundRow",
@@ -38,7 +39,7 @@ def final(values: Values) -> float | None:
 
 @dataclass(frozen=True)
 class Series:
-    """One value per round; index 0 is before training. Bytes and seconds are per round."""
+    """One value per round; index 0 is the initial adapter. Bytes and seconds are per round."""
 
     eval_loss: Values = ()
     train_loss: Values = ()
@@ -71,6 +72,18 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class OwnRow:
+    """A client's losses on its own held-out rows at the end, by arm; none without such rows."""
+
+    client: str
+    rows: float | None = None
+    local: float | None = None
+    federated: float | None = None
+    centralized: float | None = None
+    gain_pct: float | None = None  # of federated over local
+
+
+@dataclass(frozen=True)
 class Parity:
     """One federated client against the plain Trainer."""
 
@@ -86,6 +99,8 @@ class Verdict:
     gap_large_batch_pct: Spread | None = None
     gain_over_local_pct: Spread | None = None
     equal_samples: Mapping[str, bool] = field(default_factory=dict)
+    gain_over_local_own_pct: Spread | None = None
+    own: tuple[OwnRow, ...] = ()
     parity: Parity | None = None
     bytes_ratio_full: float | None = None
     time_split: Mapping[str, float] = field(default_factory=dict)
@@ -112,10 +127,10 @@ class Summary:
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
     clients: tuple[ClientData, ...] = ()
-    base_loss: float | None = None  # of the base model without an adapter
     data: Mapping[str, Any] = field(default_factory=dict)  # what was read, by content
     model: Mapping[str, Any] = field(default_factory=dict)  # base model and tokenizer, by content
     extra: Mapping[str, Any] = field(default_factory=dict)
+    base_loss: float | None = None  # held-out loss of the base model without an adapter
 
     @property
     def federated(self) -> Arm:
@@ -144,6 +159,11 @@ class Summary:
     def seeds(self) -> int:
         """How many seeds the means are over."""
         return max(1, len(self.federated.runs))
+
+    @property
+    def start(self) -> str:
+        """What index 0 of every series is, which a prompt makes unlike the base model."""
+        return "initial model" if self.setting("peft_method") == "none" else "initial adapter"
 
     def setting(self, name: str) -> str | None:
         """A setting by its flag name, from the top level, `config` or one of its groups."""

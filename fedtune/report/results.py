@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedtune.report import text
 from fedtune.report.markup import cell, low_high, section, sub, table, unbroken
+from fedtune.report.own_rows import gaining, own_rows_table
 from fedtune.report.records import Summary
 from fedtune.report.rows import ArmRow, arm_rows, metric_names
 from fedtune.report.svg import esc
@@ -16,13 +17,18 @@ __all__ = ["arms_section", "cards", "verdict_section"]
 def cards(summary: Summary) -> str:
     """The few numbers to read first."""
     us = arm_rows(summary)[0]
-    items = [_card("Held-out loss", text.loss(us.final), f"from {text.loss(us.before)} untuned")]
+    base, own = summary.base_loss, gaining(summary)
+    start = f"{summary.start} {text.loss(us.before)}" if base is None else ""
+    items = [_card("Held-out loss", text.loss(us.final), start or f"base model {text.loss(base)}")]
     for gap in gaps(summary):
         if gap.arm == "centralized_large_batch":
             continue
         tone = "" if gap.within_noise else "good" if gap.good else ""
         tone = "bad" if gap.arm == "local" and not gap.good and not gap.within_noise else tone
-        items.append(_card(gap.title, gap.size, spread_text(gap.spread, summary.seeds), tone))
+        note = spread_text(gap.spread, summary.seeds)
+        if gap.arm == "local" and own:
+            note = f"on the pooled rows; on their own {own} gain"
+        items.append(_card(gap.title, gap.size, note, tone))
     parity = summary.verdict.parity
     if parity is not None:
         big = "identical" if parity.identical else "differs"
@@ -76,16 +82,16 @@ def verdict_section(summary: Summary) -> str:
                 f"{sub(reading)}</td>",
             ]
         )
-    controls = _controls(summary)
+    more = own_rows_table(summary) + _controls(summary)
     if not rows:
-        return section("Verdict", "", controls) if controls else ""
+        return section("Verdict", "", more) if more else ""
     note = (
         f"Federated ends at {final}. A gap is how much higher that is than the other arm; "
         "a gain is how much lower. Small print: lowest and highest over seeds, or over clients for "
         "local only."
     )
     heads = ["Question", "#Other arm", "#Difference"]
-    return section("Verdict", note, table(heads, rows) + controls)
+    return section("Verdict", note, table(heads, rows) + more)
 
 
 def _controls(summary: Summary) -> str:
@@ -103,7 +109,7 @@ def _controls(summary: Summary) -> str:
 
 def arms_section(summary: Summary) -> str:
     """Every arm at the end of the run."""
-    heads = ["Arm", "#Before", "#Final", "#Best", "#Samples", "#MB up", "#MB down", "#Seconds"]
+    heads = ["Arm", "#Initial", "#Final", "#Best", "#Samples", "#MB up", "#MB down", "#Seconds"]
     arms = arm_rows(summary)
     metrics = metric_names(arms)
     heads += [f"#{name}" for name in metrics]
@@ -124,8 +130,7 @@ def arms_section(summary: Summary) -> str:
                 *(cell(text.loss(row.metrics.get(name)), "n") for name in metrics),
             ]
         )
-    return section(
-        "Arms",
-        "Held-out loss with its range over seeds (local only: clients), and cost.",
-        table(heads, rows, classes),
-    )
+    note = "Held-out loss per token with its range over seeds (local only: clients), and cost."
+    if summary.base_loss is not None:
+        note += f" The base model alone has {text.loss(summary.base_loss)}."
+    return section("Arms", note, table(heads, rows, classes))

@@ -19,6 +19,7 @@ from fedtune.errors import FedtuneError
 from fedtune.report.records import (
     Arm,
     ClientData,
+    OwnRow,
     Parity,
     Refusal,
     RoundRow,
@@ -62,10 +63,10 @@ def load_summary(directory: str | Path) -> Summary:
         config=_mapping(raw.get("config")),
         versions=_mapping(raw.get("versions")),
         clients=_clients(_mapping(raw.get("data")).get("clients")),
-        base_loss=number(raw.get("base_loss")),
         data=_mapping(raw.get("data")),
         model=_mapping(raw.get("model")),
         extra={key: value for key, value in raw.items() if key not in known},
+        base_loss=number(raw.get("base_loss")),
     )
 
 
@@ -143,11 +144,21 @@ def _verdict(raw: Mapping[str, Any]) -> Verdict:
         equal_samples={
             arm: equal is True for arm, equal in _mapping(raw.get("equal_samples")).items()
         },
+        gain_over_local_own_pct=_spread(raw.get("gain_over_local_own_pct")),
+        own=_own(_mapping(raw.get("gain_over_local_own_pct")).get("clients")),
         parity=Parity(parity["identical"] is True, None if step is None else int(step))
         if parity.get("identical") is not None
         else None,
         bytes_ratio_full=number(raw.get("bytes_ratio_full")),
         time_split=_times(raw.get("time_split")),
+    )
+
+
+def _own(raw: object) -> tuple[OwnRow, ...]:
+    losses = ("rows", "local", "federated", "centralized", "gain_pct")
+    return tuple(
+        OwnRow(str(item.get("client", index)), *(number(item.get(name)) for name in losses))
+        for index, item in enumerate(map(_mapping, _items(raw)))
     )
 
 

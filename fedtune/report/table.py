@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedtune.report import text
 from fedtune.report.concerns import concerns, made_worse
 from fedtune.report.curves import run_names
+from fedtune.report.own_rows import own_rows_line
 from fedtune.report.records import Summary, final
 from fedtune.report.rows import arm_rows, metric_names
 from fedtune.report.transport import codec_of, moved, of_raw
@@ -15,7 +16,7 @@ from fedtune.report.verdict import checks, gaps, headline, spread_text
 __all__ = ["comparison_table", "traffic_table", "verdict_lines"]
 
 RUNS = ("run", "codec", "MB up", "MB down", "of raw", "final eval loss")
-COLUMNS = ("arm", "eval loss before", "final", "best (round)", "samples", "MB up", "down", "s")
+COLUMNS = ("arm", "eval loss initial", "final", "best (round)", "samples", "MB up", "down", "s")
 
 
 def comparison_table(summary: Summary) -> str:
@@ -70,17 +71,19 @@ def _less(raw: float | None, sent: float | None) -> str:
 def verdict_lines(summary: Summary) -> list[str]:
     """What the comparison shows, one finding a line, each with its numbers."""
     ours = text.loss(final(summary.federated.mean.eval_loss))
-    lines = []
+    lines, own = [], own_rows_line(summary)
     for gap in gaps(summary):
         other = text.loss(gap.other)
         spread = f"({spread_text(gap.spread, summary.seeds)})"
         if gap.arm == "local":
-            lines.append(f"federated {ours} vs local only {other}: gain {gap.size} {spread}")
+            where = " on the pooled rows" if own else ""
+            lines.append(f"federated {ours} vs local only {other}{where}: gain {gap.size} {spread}")
         else:
             name = gap.arm.replace("_", " ")
             lines.append(
                 f"federated {ours} vs {name} {other} {gap.samples}: gap {gap.size} {spread}"
             )
+    lines += [own] if own else []
     worries = concerns(summary)
     if not lines and not made_worse(summary):
         lines = [headline(summary)]

@@ -18,6 +18,8 @@ __all__ = ["mean_scores", "scorers"]
 log = logging.getLogger(__name__)
 
 DECISIVE = ("eval_loss", "num-examples", "num-tokens")
+COUNTS = ("num-examples", "num-tokens")  # of one of several held-out sets: `num-tokens:eval_name`
+PER_TOKEN = ("_loss", "_mean_token_accuracy")
 
 
 def scorers(members: Sequence[Member], busy: Collection[str], *, all_of_them: bool) -> list[Member]:
@@ -39,7 +41,10 @@ def _rank(member: Member) -> int:
 def mean_scores(
     server_round: int, replies: Iterable[Message], clients: Mapping[int, str], *, needed: bool
 ) -> tuple[MetricRecord, list[dict[str, float | str]]]:
-    """Mean of each metric, weighted by tokens (else examples), and every client's own.
+    """Mean of each metric, weighted by what it is a mean over, and every client's own.
+
+    Losses and trl's token accuracy count by label tokens (else rows), others by rows; those of one
+    of several held-out sets by what is in that set.
 
     Clients that fail are left out; raises RoundError when a score is needed and all do.
     """
@@ -65,10 +70,10 @@ def mean_scores(
             continue
         # Others may be undefined here and there: as a mean they then are, too.
         own = {key: float(v) for key, v in metrics.items() if isinstance(v, int | float)}
-        examples = own.pop("num-examples", 0.0)
-        weight = own.pop("num-tokens", 0.0) or examples
+        counts = {key: own.pop(key) for key in list(own) if key.startswith(COUNTS)}
         scores.append({"client": name, **own})
         for key, value in own.items():
+            weight = _weight(key, counts)
             totals[key] = totals.get(key, 0.0) + weight * value
             weights[key] = weights.get(key, 0.0) + weight
     if problems:
@@ -83,3 +88,13 @@ def mean_scores(
         if weights[key] > 0:
             mean[key] = value / weights[key]
     return mean, scores
+
+
+def _weight(metric: str, counts: Mapping[str, float]) -> float:
+    """Rows or label tokens that a client's metric is a mean over."""
+    prefixes = {key.partition(":")[2] for key in counts}
+    mine = [prefix for prefix in prefixes if prefix and metric.startswith(f"{prefix}_")]
+    where = f":{max(mine, key=len)}" if mine else ""
+    rows = counts.get(f"num-examples{where}", 0.0)
+    by_tokens = metric.endswith(PER_TOKEN)
+    return (counts.get(f"num-tokens{where}", 0.0) or rows) if by_tokens else rows

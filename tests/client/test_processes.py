@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedtune.client.per_token import PerToken
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.frames import encode
 from fedtune.relay.link import ask
@@ -94,6 +95,14 @@ def test_ranks_of_one_site_train_the_same(run: RunFolder, tmp_path: Path) -> Non
     # 2 rows on each rank; 13 rows make 4 batches on each, the last of them filled up.
     assert trained(server.updates[0])["num-examples"] == 16
     assert len(server.scores) == 4
+    alone = small_trainer(tmp_path / "alone")
+    with PerToken(alone) as scored:
+        assert alone.model is not None
+        initial = scored.score(alone.evaluate()).metrics["eval_loss"]
+    assert server.scores[0]["eval_loss"] == pytest.approx(initial, rel=1e-6)
+    assert [(score["num-examples"], score["num-tokens"]) for score in server.scores] == [
+        (6, 66)
+    ] * 4
     assert [(tmp_path / f"spread-{rank}.txt").read_text() for rank in range(2)] == ["ok", "ok"]
 
 

@@ -140,7 +140,7 @@ def test_local_is_each_client_alone(given: ArmInput) -> None:
     # the adapter that is kept is the best client's
     params, _, _ = load_exported(given.directory / "local" / "adapter")
     task = EvaluateTask(run="", round=ROUNDS, manifest="")
-    metrics, _ = given.worker.evaluate("client-0", task, Sent(params))
+    metrics = given.worker.evaluate("client-0", task, Sent(params)).metrics
     assert metrics["eval_loss"] == min(client["eval_loss"][-1] for client in arm["clients"])
 
 

@@ -295,7 +295,7 @@ def test_columns_by_name(flag, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
 def test_the_yaml_shows_a_gain(script, tmp_path, monkeypatch):
-    """The settings in the YAML: better than untuned, and than each client alone."""
+    """The settings in the YAML: better than the initial adapter, and than each client alone."""
     monkeypatch.chdir(tmp_path)
     assert run_here(script, "--compare", "local", "--output_dir", "out").status == 0
     arms = summary(tmp_path / "out")["arms"]

@@ -1,0 +1,71 @@
+"""Who gains by taking part, on rows of its own: one line, one card, one table."""
+
+from __future__ import annotations
+
+from fedtune.report import text
+from fedtune.report.markup import cell, sub, table
+from fedtune.report.records import OwnRow, Summary
+from fedtune.report.svg import esc
+
+__all__ = ["gaining", "own_rows_line", "own_rows_table"]
+
+NOTE = (
+    "How the last model of each arm does on the held-out rows that are like a client's own; a gain "
+    "is how much lower federated is than the client alone."
+)
+
+
+def gaining(summary: Summary) -> str:
+    """`3 of 4 clients`; empty where nobody was scored on rows of its own."""
+    known = _known(summary)
+    gain = sum((row.gain_pct or 0) > 0 for row in known)
+    return f"{gain} of {len(known)} clients" if known else ""
+
+
+def own_rows_line(summary: Summary) -> str:
+    """How many clients gain on their own rows, and who loses most, or gains least."""
+    known = _known(summary)
+    if not known:
+        return ""
+    row = min(known, key=lambda row: row.gain_pct or 0)
+    what = "loses most" if (row.gain_pct or 0) < 0 else "gains least"
+    return (
+        f"on each client's own held-out rows: {gaining(summary)} gain over local only; "
+        f"{_name(summary, row)} {what}: federated {text.loss(row.federated)} vs alone "
+        f"{text.loss(row.local)} ({text.percent(row.gain_pct, signed=True)})"
+    )
+
+
+def own_rows_table(summary: Summary) -> str:
+    """One line per client; empty where nobody was scored on rows of its own."""
+    rows = summary.verdict.own
+    if not rows:
+        return ""
+    central = any(row.centralized is not None for row in rows)
+    heads = ["Client", "#Own rows", "#Alone", "#Federated"]
+    heads += ["#Centralized"] * central + ["#Gain"]
+    owned = {client.client: ", ".join(client.owned) for client in summary.clients}
+    body = []
+    for row in rows:
+        tone = "n" if row.gain_pct is None else "n good" if row.gain_pct > 0 else "n bad"
+        body.append(
+            [
+                f'<td class="name">{esc(row.client)}{sub(owned.get(row.client, ""))}</td>',
+                cell(text.count(row.rows), "n"),
+                cell(text.loss(row.local), "n"),
+                cell(text.loss(row.federated), "n"),
+                *[cell(text.loss(row.centralized), "n")] * central,
+                cell(text.percent(row.gain_pct, signed=True), tone),
+            ]
+        )
+    title = '<h3 class="later">Each client on its own held-out rows</h3>'
+    return f'{title}<p class="note">{NOTE}</p>{table(heads, body)}'
+
+
+def _known(summary: Summary) -> list[OwnRow]:
+    return [row for row in summary.verdict.own if row.gain_pct is not None]
+
+
+def _name(summary: Summary, row: OwnRow) -> str:
+    owned = next((c.owned for c in summary.clients if c.client == row.client), ())
+    return f"{row.client} ({', '.join(owned)})" if owned else row.client

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedtune.errors import ConfigError, FedtuneError
+
+if TYPE_CHECKING:
+    from fedtune.report.records import Summary
 
 __all__ = ["main"]
 
@@ -108,22 +114,23 @@ def _add(
 def _plot(args: argparse.Namespace) -> int:
     from fedtune.report.formats import render_runs
     from fedtune.report.html import write_report
-    from fedtune.report.plots import draw_compare, draw_loss
-    from fedtune.report.series import load_summary
-    from fedtune.report.several import run_directories
+    from fedtune.report.plots import draw_compare, draw_loss, drawn
     from fedtune.report.side_by_side import run_rows
     from fedtune.report.table import traffic_table
     from fedtune.report.unlike import notes
 
-    directories = run_directories(args.directories)
-    summaries = [load_summary(directory) for directory in directories]
-    for directory, summary in zip(directories, summaries, strict=True):
-        print(draw_loss(summary, directory / "loss.png"))
-        print(write_report(directory))
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    summaries = _summaries(args.directories)
+    for summary in summaries:
+        if picture := drawn(draw_loss, summary, summary.directory / "loss.png"):
+            print(picture)
+        print(write_report(summary.directory))
     if len(summaries) > 1:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         remarks = notes(summaries)
-        print(draw_compare(summaries, args.output, remarks))
+        draw = partial(draw_compare, notes=remarks)
+        if picture := drawn(draw, summaries, args.output):
+            print(picture)
         print(render_runs(run_rows(summaries), remarks, "table"))
         if table := traffic_table(summaries):
             print(table)
@@ -132,12 +139,10 @@ def _plot(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from fedtune.report.formats import render_runs
-    from fedtune.report.series import load_summary
-    from fedtune.report.several import run_directories
     from fedtune.report.side_by_side import run_rows
     from fedtune.report.unlike import notes
 
-    summaries = [load_summary(directory) for directory in run_directories(args.directories)]
+    summaries = _summaries(args.directories)
     remarks = notes(summaries)
     print(render_runs(run_rows(summaries), remarks, args.format))
     if args.format == "csv":
@@ -146,7 +151,25 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _summaries(given: Sequence[Path]) -> list[Summary]:
+    """Of the runs in these directories; a killed one is told first."""
+    from fedtune.compare.outcome import settle
+    from fedtune.report.series import load_summary
+    from fedtune.report.several import run_directories
+
+    for directory in given:
+        settle(directory)
+    directories = run_directories(given)
+    for directory in directories:
+        settle(directory)
+    return [load_summary(directory) for directory in directories]
+
+
 def _export(args: argparse.Namespace) -> int:
+    from fedtune.compare.outcome import settle
+
+    with suppress(FedtuneError, OSError):  # one that still goes on, or is read-only, can be copied
+        settle(args.directory)
     source = _adapter_of(args.directory, best=args.best)
     kind = "merged" if args.merge else "adapter"
     run = args.directory.resolve()

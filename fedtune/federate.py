@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
+from fedtune.compare.facts import settings_of
 from fedtune.compare.own_rows import OwnRows
-from fedtune.compare.summary import settings_of
 from fedtune.config import Arguments, TransportArguments
 from fedtune.engines.delayed import DelayedGrid
 from fedtune.engines.inline import run_inline
@@ -85,6 +85,7 @@ def _in_this_process(
         on_round = _hook(store, progress, trackers)
         run = _server_run(args, worker, strategy_of(federation), on_round, args.transport)
         run.start = store.load() if args.run.resume else None
+        run.on_attempt = store.on_attempt
         if run.start is not None:
             progress.advance(run.start.round)
         _engine(args)(run, worker)
@@ -106,6 +107,7 @@ def _in_processes(args: Arguments, worker: Worker, directory: Path, store: RunSt
         init_adapter=args.adapter.init_adapter and str(Path(args.adapter.init_adapter).absolute()),
         track=tuple(split_names(args.run.track)),
         sites_evaluate=False,
+        alone=False,
     )
     logs = directory / "deployment"
     run_flower(submission, clients=worker.names, command=args.command, logs=logs)

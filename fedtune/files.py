@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ __all__ = [
     "read_json",
     "read_object",
     "replace_directory",
+    "sha256",
     "write_bytes",
     "write_json",
     "write_text",
@@ -69,6 +71,12 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected an object, received {type(value).__name__}. {fix}")
     return value
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:

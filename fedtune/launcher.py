@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +14,11 @@ from fedtune.checks import check_arguments
 from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.config import Arguments
 from fedtune.errors import FedtuneError, RoundError
+from fedtune.lock import check_free, hold
 from fedtune.output import check_output_dir, prepare_output_dir, run_settings
 from fedtune.relay.folder import RunFolder
 from fedtune.settings import parse_arguments
+from fedtune.signals import Stopped, interrupted_by, stoppable
 
 __all__ = ["launch", "quiet_libraries"]
 
@@ -50,26 +53,30 @@ def launch(
         args.command = (sys.executable, _file_of(build_model), *flags)
         folder = RunFolder.of_environment()
         if folder is None:
-            run(args, build_model, build_trainer)
+            with stoppable():
+                run(args, build_model, build_trainer)
         else:
             _take_part(args, folder, build_model, build_trainer)
     except RoundError as error:
         _fail(error, RUN_ERROR)
     except FedtuneError as error:
         _fail(error, USAGE_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted; continue with the same --output_dir and --resume", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        with suppress(OSError):
+            print(f"interrupted by {interrupted_by(stop)}", file=sys.stderr)
+        sys.exit(stop.code if isinstance(stop, Stopped) else 130)
 
 
 def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -> dict[str, Any]:
     """`launch` without parsing: returns the summary, raises FedtuneError.
 
-    Nothing is written or deleted in the output directory before model, data and Trainers stand.
+    Nothing is written or deleted in the output directory before model, data and Trainers stand;
+    from then on summary and report are there however the run ends.
     """
     from fedtune.dry_run import describe_run
     from fedtune.prepare import load_silos, prepare
-    from fedtune.runs import run_seeds
+    from fedtune.runs import facts_of, run_seeds
+    from fedtune.sources import sources_of
 
     output: dict[str, Any] = {
         "directory": args.training.output_dir,
@@ -77,7 +84,11 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
         "overwrite": args.run.overwrite,
         "settings": run_settings(args),
     }
+    directory = Path(args.training.output_dir)
     if not args.run.dry_run:
+        check_free(directory)
+        sources = sources_of(args)
+        output |= {"data": sources.data, "code": sources.code}
         check_output_dir(**output)
     silos = load_silos(args)
     with TemporaryDirectory() as scratch:
@@ -85,7 +96,22 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
         if args.run.dry_run:
             print(describe_run(args, first))
             return {}
-    return run_seeds(args, prepare_output_dir(**output), silos, first, build_model, build_trainer)
+    with hold(directory):
+        facts = facts_of(args, silos, first, sources.all)
+        prepare_output_dir(**output, facts=facts.to_json())
+        try:
+            return run_seeds(args, directory, silos, first, build_model, build_trainer)
+        finally:
+            _say_end(directory)
+
+
+def _say_end(directory: Path) -> None:
+    """The last lines of a run; what did not complete and what to do about it go to stderr."""
+    from fedtune.compare.outcome import way_on
+
+    with suppress(OSError, FedtuneError):  # a terminal that is gone, a disk that is full
+        well, lines = way_on(directory)
+        print("\n".join(lines), file=sys.stdout if well else sys.stderr, flush=True)
 
 
 def _take_part(

@@ -1,32 +1,53 @@
-"""A whole run: every seed federated and compared, then the summary and the report."""
+"""A whole run: every seed federated and compared; one that fails does not end the others."""
 
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset
 
 from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.compare.arms import ArmInput, run_arm
+from fedtune.compare.directory import OWN_ROWS, RESULT
+from fedtune.compare.facts import Facts, settings_of
+from fedtune.compare.outcome import leaving
 from fedtune.compare.own_rows import OwnRows
-from fedtune.compare.series import of_history
-from fedtune.compare.summary import build_summary, settings_of
 from fedtune.config import Arguments
 from fedtune.data import format_table
 from fedtune.data.silos import Silos
+from fedtune.errors import FedtuneError, RoundError
 from fedtune.federate import federate, federate_control, own_scores
-from fedtune.files import read_object, write_json
+from fedtune.files import read_json, write_json
+from fedtune.lock import hold
+from fedtune.output import MARKER, run_settings, write_marker
 from fedtune.prepare import Prepared, prepare
-from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
-from fedtune.report.plots import draw_loss
+from fedtune.signals import interrupted_by
 
-__all__ = ["run_seeds"]
+__all__ = ["facts_of", "run_seeds"]
+
+log = logging.getLogger(__name__)
+
+
+def facts_of(args: Arguments, silos: Silos, prepared: Prepared, files: dict[str, str]) -> Facts:
+    """What `run.json` says of this run."""
+    own = silos.own_evaluation
+    return Facts(
+        config=settings_of(args),
+        seeds=args.seeds,
+        arms=list(args.arms),
+        clients=prepared.clients,
+        full_bytes=prepared.full_bytes,
+        base_loss=prepared.worker.base_loss(),
+        own_rows=None if own is None else {name: len(own[name]) for name in own},
+        files=files,
+    )
 
 
 def run_seeds(
@@ -39,37 +60,67 @@ def run_seeds(
 ) -> dict[str, Any]:
     """Run every seed into `directory` (several: `directory/seeds/<s>`); returns the summary.
 
-    `first` is what the first seed starts from; wherever it was prepared, it works in `directory`.
+    `first` is what the first seed starts from; wherever it was prepared, it works in `directory`,
+    which holds the run's `run.json`. However the run ends, its summary and report are there.
+
+    Raises:
+        RoundError: a seed or an arm failed; what did not is in the summary.
     """
-    seeds, results = args.seeds, []
+    seeds = args.seeds
     print(f"output: {directory}", flush=True)
-    base_loss, own = first.worker.base_loss(), silos.own_evaluation
-    facts = Facts(base_loss, None if own is None else {name: len(own[name]) for name in own})
-    for seed in seeds:
-        seed_dir = directory if len(seeds) == 1 else directory / "seeds" / str(seed)
-        seed_dir.mkdir(parents=True, exist_ok=True)
-        work_dir = seed_dir / "clients"
-        if seed == seeds[0]:
-            prepared = first
-            prepared.worker.work_dir = work_dir
-            print(format_table(prepared.clients), flush=True)
+    print(format_table(first.clients), flush=True)
+    with leaving(directory):
+        if len(seeds) == 1:
+            _run_seed(args, first, directory, silos.own_evaluation)
         else:
-            prepared = prepare(args, seed, silos, work_dir, build_model, build_trainer)
-        if len(seeds) > 1:
-            print(f"seed {seed}", flush=True)
-        results.append(_run_seed(args, prepared, seed_dir, own))
-        if len(seeds) > 1:
-            _write(_of_seed(args, seed), results[-1:], prepared, seed_dir, facts)
-        if seed != seeds[-1]:
-            prepared.worker.release()
-    summary = _write(args, results, prepared, directory, facts)
-    if len(seeds) > 1:
-        _copy_adapters(directory / "seeds" / str(seeds[0]), directory)
-    loaded = load_summary(directory)
-    print(comparison_table(loaded))
-    print("\n".join(verdict_lines(loaded)))
-    print(f"report: {directory / 'report.html'}")
+            _run_each(args, directory, silos, first, build_model, build_trainer)
+    summary: dict[str, Any] = read_json(directory / "summary.json")
     return summary
+
+
+def _run_each(
+    args: Arguments,
+    directory: Path,
+    silos: Silos,
+    first: Prepared,
+    build_model: BuildModel,
+    build_trainer: BuildTrainer,
+) -> None:
+    seeds = args.seeds
+    failed: list[str] = []
+    run = read_json(directory / MARKER)
+    whole, read = Facts(**run["facts"]), {"data": run["data"], "code": run["code"]}
+    for seed in seeds:
+        seed_dir, alone = directory / "seeds" / str(seed), _of_seed(args, seed)
+        print(f"seed {seed}", flush=True)
+        with _surviving(f"seed {seed}", failed), hold(seed_dir):
+            facts = replace(whole, seeds=[seed], config=settings_of(alone))
+            write_marker(seed_dir, settings=run_settings(alone), facts=facts.to_json(), **read)
+            with leaving(seed_dir):
+                prepared = first
+                if seed != seeds[0]:
+                    work_dir = seed_dir / "clients"
+                    prepared = prepare(args, seed, silos, work_dir, build_model, build_trainer)
+                try:
+                    _run_seed(alone, prepared, seed_dir, silos.own_evaluation)
+                finally:
+                    prepared.worker.release()
+    if failed:
+        raise RoundError(f"{len(failed)} of {len(seeds)} seeds failed: {'; '.join(failed)}")
+
+
+@contextmanager
+def _surviving(name: str, failed: list[str]) -> Iterator[None]:
+    """An error of one part is noted in `failed` and said; the next part goes on."""
+    try:
+        yield
+    except Exception as error:
+        if interrupted_by(error):
+            raise
+        words = " ".join(str(error).split()) or type(error).__name__
+        failed.append(f"{name}: {words}")
+        trace = None if isinstance(error, FedtuneError) else error
+        log.error("%s failed: %s", name, words, exc_info=trace)
 
 
 def _of_seed(args: Arguments, seed: int) -> Arguments:
@@ -81,19 +132,14 @@ def _of_seed(args: Arguments, seed: int) -> Arguments:
     return alone
 
 
-class Facts(NamedTuple):
-    """What all seeds share: the base model's held-out loss, and how many rows are whose own."""
-
-    base_loss: float | None
-    own_rows: dict[str, int] | None
-
-
 def _run_seed(
     args: Arguments, prepared: Prepared, directory: Path, own_rows: Mapping[str, Dataset] | None
-) -> dict[str, Any]:
+) -> None:
+    """The federated run, then its arms; one that fails takes nothing from the others."""
     worker = prepared.worker
+    worker.work_dir = directory / "clients"
     first, last = federate(worker.args, worker, directory)
-    result: dict[str, Any] = {"federated": _federated(last.history)}
+    failed: list[str] = []
     with OwnRows.of(worker, own_rows if "local" in args.arms else None) as own:
         given = ArmInput(
             args=worker.args,
@@ -105,46 +151,13 @@ def _run_seed(
             own=own,
         )
         for name in args.arms:
-            done = given.directory / name / "result.json"
-            if not (args.run.resume and done.is_file()):
-                result_of_arm = run_arm(name, given)
+            done = given.directory / name / RESULT
+            if args.run.resume and done.is_file():
+                continue
+            with _surviving(f"arm {name}", failed):
+                result = run_arm(name, given)
                 done.parent.mkdir(parents=True, exist_ok=True)
-                write_json(done, result_of_arm)
-            result[name] = read_object(done, "Delete it to run that arm again.")
-        result["federated"]["own"] = own_scores(worker.args, worker, last, own)
-    return result
-
-
-def _federated(history: list[dict[str, Any]]) -> dict[str, Any]:
-    return {**of_history(history), "time": [record["time"] for record in history]}
-
-
-def _write(
-    args: Arguments,
-    results: list[dict[str, Any]],
-    prepared: Prepared,
-    directory: Path,
-    facts: Facts,
-) -> dict[str, Any]:
-    """Summary, picture and report of one seed or of all."""
-    summary = build_summary(
-        args.federation,
-        args.transport,
-        results,
-        seeds=args.seeds,
-        clients=prepared.clients,
-        full_bytes=prepared.full_bytes,
-        config=settings_of(args),
-        base_loss=facts.base_loss,
-        own_rows=facts.own_rows,
-    )
-    write_json(directory / "summary.json", summary)
-    draw_loss(load_summary(directory), directory / "loss.png")
-    write_report(directory)
-    return summary
-
-
-def _copy_adapters(source: Path, target: Path) -> None:
-    for name in ("adapter", "model", "best"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+                write_json(done, result)
+        write_json(directory / OWN_ROWS, own_scores(worker.args, worker, last, own))
+    if failed:
+        raise RoundError("; ".join(failed))

@@ -98,10 +98,10 @@ def test_resume_before_the_first_checkpoint(tmp_path):
     assert contents(prepare(tmp_path / "run", resume=True)) == [MARKER]
 
 
-def test_resume_keeps_what_is_there(used):
+def test_resume_keeps_what_is_there_but_for_how_it_ended(used):
     before = contents(used)
     prepare(used, resume=True)
-    assert contents(used) == before
+    assert contents(used) == [name for name in before if name not in ("loss.png", "summary.json")]
 
 
 def test_resume_without_a_run(tmp_path):
@@ -117,6 +117,34 @@ def test_resume_with_other_settings_names_the_first(tmp_path):
         prepare(tmp_path / "run", resume=True, settings={"lora_r": 4, "num_rounds": 9})
     with pytest.raises(ConfigError, match="--num_rounds 3, received None"):
         prepare(tmp_path / "run", resume=True, settings={"lora_r": 8})
+
+
+def test_resume_with_other_data_names_the_file(tmp_path):
+    given = {"overwrite": False, "settings": SETTINGS}
+    read = {"rows.jsonl": "a", "model/model.safetensors": "b"}
+    prepare_output_dir(tmp_path / "run", resume=False, data=read, **given)
+    with pytest.raises(ConfigError, match="rows.jsonl has changed since the run"):
+        prepare_output_dir(tmp_path / "run", resume=True, data={**read, "rows.jsonl": "c"}, **given)
+    prepare_output_dir(tmp_path / "run", resume=True, data=read, **given)
+
+
+def test_resume_with_another_recipe_is_said(tmp_path, caplog):
+    given = {"overwrite": False, "settings": SETTINGS}
+    prepare_output_dir(tmp_path / "run", resume=False, code={"r.py": "a", "r.yaml": "b"}, **given)
+    now = {"r.py": "c", "r.yaml": "b"}
+    prepare_output_dir(tmp_path / "run", resume=True, code=now, **given)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--resume: r.py has changed since the run began"
+    ]
+    prepare_output_dir(tmp_path / "run", resume=True, code={"r.yaml": "d"}, **given)
+    with pytest.raises(ConfigError, match=r"--lora_r 8, received 4 \(r.yaml has changed since\)"):
+        prepare_output_dir(
+            tmp_path / "run",
+            resume=True,
+            overwrite=False,
+            settings={**SETTINGS, "lora_r": 4},
+            code={"r.yaml": "e"},
+        )
 
 
 def settings_of(text):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
+from fedtune.compare.facts import Facts
 from fedtune.compare.series import mean_series
 from fedtune.compare.verdict import own_gain, verdict
-from fedtune.config import Arguments, FederationArguments, TransportArguments, sampled_clients
+from fedtune.config import FederationArguments, TransportArguments, sampled_clients
 from fedtune.strategies import strategy_of
 from fedtune.transport.settings import CodecSettings
 
 __all__ = ["SeedResult", "build_summary"]
-
-PACKAGES = ("fedtune", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "flwr")
 
 NO_SERIES = ("clients", "time")
 
@@ -24,26 +21,23 @@ NO_SERIES = ("clients", "time")
 SeedResult = Mapping[str, Mapping[str, Any]]
 
 
-def build_summary(
-    federation: FederationArguments,
-    transport: TransportArguments,
-    results: Sequence[SeedResult],
-    *,
-    seeds: Sequence[int],
-    clients: Sequence[Mapping[str, Any]],
-    full_bytes: int,
-    config: Mapping[str, Any],
-    base_loss: float | None = None,
-    own_rows: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """The summary over seeds; series are means, `runs` holds one series per seed.
+def build_summary(facts: Facts, results: Sequence[SeedResult]) -> dict[str, Any]:
+    """The summary over those seeds that have `results`; series are means, `runs` one per seed."""
+    return {
+        "strategy": facts.federation.strategy,
+        "engine": facts.federation.engine,
+        **_codec(facts.federation, facts.transport),
+        "seeds": facts.seeds,
+        "base_loss": facts.base_loss,
+        **(_measured(facts, results) if results else {"arms": {}, "verdict": {}}),
+        "data": {"clients": facts.clients, "files": facts.files},
+        "config": facts.config,
+        "versions": facts.versions,
+    }
 
-    `full_bytes` is the size of the whole base model, 0 where it is not known; `config` is every
-    setting; `base_loss` is the held-out loss of the base model alone, where that is known;
-    `own_rows` how many of the held-out rows are like each client's own, None where they cannot be
-    told apart.
-    """
-    sampled = sampled_clients(federation.fraction_train, len(clients))
+
+def _measured(facts: Facts, results: Sequence[SeedResult]) -> dict[str, Any]:
+    sampled = sampled_clients(facts.federation.fraction_train, len(facts.clients))
     series = {
         name: [_plain_series(result[name]) for result in results]
         for name in results[0]
@@ -62,42 +56,16 @@ def build_summary(
             "first_diff_step": next((step for step in steps if step is not None), None),
         }
     return {
-        "strategy": federation.strategy,
-        "engine": federation.engine,
-        **_codec(federation, transport),
-        "seeds": list(seeds),
-        "base_loss": base_loss,
         "arms": arms,
         "verdict": verdict(
             series,
-            own=own_gain(results, own_rows),
+            own=own_gain(results, facts.own_rows),
             parity=parity,
-            full_bytes=2 * sampled * full_bytes,
+            full_bytes=2 * sampled * facts.full_bytes,
             time_split=_time_split(results),
             equal_samples=_equal_samples(results),
         ),
-        "data": {"clients": list(clients)},
-        "config": dict(config),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
-
-
-def settings_of(args: Arguments) -> dict[str, Any]:
-    """Every setting by group, as JSON values."""
-    groups: dict[str, Any] = {
-        "model": args.model,
-        "adapter": args.adapter,
-        "data": args.data,
-        "federation": args.federation,
-        "transport": args.transport,
-        "run": args.run,
-    }
-    training = {
-        key: value
-        for key, value in args.training.to_dict().items()
-        if isinstance(value, str | int | float | bool | None)
-    }
-    return {**{name: asdict(group) for name, group in groups.items()}, "training": training}
 
 
 def _codec(federation: FederationArguments, transport: TransportArguments) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def follow(
                 if doubts == DOUBTS:
                     raise RoundError(
                         f"the server ended in round {len(rounds) + 1} without a word "
-                        f"({str(reason).rstrip('.')}); "
-                        f"the last good adapter is in {directory}. Continue with --resume."
+                        f"({str(reason).rstrip('.')})."
                     )
             time.sleep(POLL_S)
 

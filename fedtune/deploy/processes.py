@@ -16,24 +16,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from types import TracebackType
+from typing import NoReturn, Self
 
 import psutil
 
 from fedtune.deploy import parent
 from fedtune.deploy.family import GIVE_UP_S, MARK, POLL_S, family, start_sweeper, subreaper
 from fedtune.errors import ConfigError, DeployError
+from fedtune.signals import STOPPING, stoppable
 
-__all__ = ["Part", "Stopped", "Supervisor", "free_port"]
+__all__ = ["Part", "Supervisor", "free_port"]
 
 TAIL_LINES, TAIL_BYTES = 5, 8192
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-STOPPING = (signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(SystemExit):
-    """SIGTERM or SIGHUP arrived; left alone it ends the program with status 128 + signal."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Supervisor:
         self.grace_s = grace_s
         self.parts: list[Part] = []
         self._token = secrets.token_hex(8)
-        self._handlers: dict[int, Any] = {}
+        self._signals = contextlib.ExitStack()
         self._was_subreaper = False
         self._sweeper: subprocess.Popen[bytes] | None = None
 
@@ -120,10 +116,7 @@ class Supervisor:
             ) from None
         self._was_subreaper = subreaper(True)
         self._sweeper = start_sweeper(self._token)
-        if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                if signal.getsignal(number) is signal.SIG_DFL:
-                    self._handlers[number] = signal.signal(number, _stop)
+        self._signals.enter_context(stoppable())
         return self
 
     def __exit__(
@@ -139,8 +132,7 @@ class Supervisor:
                 self._sweeper.kill()
                 self._sweeper.wait()
         subreaper(self._was_subreaper)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.close()
 
     def start(
         self,
@@ -249,10 +241,6 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket(family) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(128 + number)
 
 
 @contextlib.contextmanager

@@ -22,12 +22,13 @@ from tempfile import TemporaryDirectory
 from fedtune.deploy import roles
 from fedtune.deploy.address import Address, absence, probe
 from fedtune.deploy.connection import flower_environment
-from fedtune.deploy.processes import Stopped, Supervisor
+from fedtune.deploy.processes import Supervisor
 from fedtune.deploy.script import Script
 from fedtune.deploy.site_node import LOOK_S, POLL_S, Say, SiteNode
 from fedtune.errors import ConfigError
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import SiteFolder
+from fedtune.signals import Stopped
 
 __all__ = ["Settings", "add_arguments", "join", "node_command", "run"]
 

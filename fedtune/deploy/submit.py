@@ -30,10 +30,13 @@ from fedtune.deploy.runs import list_runs
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_object
 from fedtune.lists import split_names
+from fedtune.lock import hold, holder
 from fedtune.output import check_output_dir, prepare_output_dir
 from fedtune.server.submission import SUBMISSION, Submission
 
-__all__ = ["add_arguments", "run", "run_problem", "start_run"]
+__all__ = ["add_arguments", "facts_of", "run", "run_problem", "start_run"]
+
+END_S = 10.0  # from the server's last word to its end
 
 # Settings of a federation that a simulation alone has, or that each site chooses for itself.
 NOT_HERE = ("engine", "num_clients", "client_state", "cpus_per_client", "gpus_per_client")
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     with Connection(address, tls=args.tls) as link:
         link.probe()
         _check_idle(link, args.output_dir.absolute())
-        directory = prepare_output_dir(**output).absolute()
+        directory = args.output_dir.absolute()
         submission = Submission(
             run=_run_id(directory, args.resume),
             directory=str(directory),
@@ -102,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
         )
         started = time.time()
-        run_id = start_run(link, submission)
+        with hold(directory):
+            prepare_output_dir(**output, facts=facts_of(submission))
+            run_id = start_run(link, submission)
         print(
             f"run {run_id} ({submission.run} at the sites): {federation.num_rounds} rounds into "
             f"{args.output_dir}",
@@ -113,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
                 directory, federation.num_rounds, lambda: run_problem(link, run_id), since=started
             )
         except RoundError as error:
+            _report(directory)
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
@@ -122,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 130
-    _report(directory, submission)
+    _report(directory)
     return 0
 
 
@@ -234,12 +240,24 @@ def _truth(text: str) -> bool:
     return words[text.lower()]
 
 
-def _report(directory: Path, submission: Submission) -> None:
-    from fedtune.compare.deployed import write_summary
-    from fedtune.report import comparison_table, load_summary, verdict_lines
+def facts_of(submission: Submission) -> dict[str, Any]:
+    """What the run's `run.json` says of it; rows and model are at the sites."""
+    from fedtune.compare.facts import Facts
 
-    write_summary(directory, submission)
-    summary = load_summary(directory)
-    print(comparison_table(summary))
-    print("\n".join(verdict_lines(summary)))
-    print(f"report: {directory / 'report.html'}")
+    config = {
+        "federation": dataclasses.asdict(submission.federation),
+        "transport": dataclasses.asdict(submission.transport),
+        "run": {"run": submission.run},
+    }
+    return Facts(config=config, seeds=[submission.seed]).to_json()
+
+
+def _report(directory: Path) -> None:
+    from fedtune.compare.outcome import settle, way_on
+
+    deadline = time.monotonic() + END_S
+    while holder(directory) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    settle(directory)
+    well, lines = way_on(directory)
+    print("\n".join(lines), file=sys.stdout if well else sys.stderr, flush=True)

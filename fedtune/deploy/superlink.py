@@ -13,9 +13,10 @@ from pathlib import Path
 from fedtune.deploy.address import Address, probe
 from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.gate import GATE
-from fedtune.deploy.processes import Part, Stopped, Supervisor
+from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.roles import ServerFolder, server_folder
 from fedtune.errors import ConfigError, DeployError
+from fedtune.signals import Stopped
 
 __all__ = ["SuperLink", "add_arguments", "run", "start_superlink"]
 

@@ -27,7 +27,7 @@ def concerns(summary: Summary) -> list[str]:
     rows, above = _trained(summary), _above(summary)
     lines = [_worse(summary, above)] if above else []
     lines += [f"{row.label}: {words}" for row in rows if (words := _past_best(row))]
-    if rows[0].best_round == 0:
+    if summary.rounds and rows[0].best_round == 0:
         lines.append("best round: 0 (initial adapter), which no round beat")
     lines += [f"{row.label}: diverged, no final loss" for row in rows[1:] if row.final is None]
     return lines

@@ -9,12 +9,13 @@ from pathlib import Path
 from fedtune.report import logbook, results, text, transport
 from fedtune.report.concerns import concerns
 from fedtune.report.curves import Curve, gap_curves, loss_curves, traffic_curves
+from fedtune.report.ending import last_refusals, reason
 from fedtune.report.markup import unbroken
 from fedtune.report.records import Summary, last
 from fedtune.report.series import load_rounds, load_summary, rounds_file
 from fedtune.report.style import style_sheet
 from fedtune.report.svg import Shape, esc, line_chart
-from fedtune.report.verdict import gaps, headline
+from fedtune.report.verdict import finding, gaps, headline
 
 __all__ = ["render_report", "write_report"]
 
@@ -40,6 +41,7 @@ def render_report(directory: str | Path) -> str:
     body = "".join(
         (
             _header(summary, name),
+            logbook.last_refused_section(summary),
             results.cards(summary),
             _loss_figure(summary),
             _small_figures(summary),
@@ -79,9 +81,19 @@ def _header(summary: Summary, name: str) -> str:
     )
     return (
         f'<header><p class="eyebrow"><b>fedtune</b> / {name}</p>'
-        f"<h1>{esc(unbroken(headline(summary)))}</h1>"
+        f"<h1>{esc(unbroken(headline(summary)))}</h1>{_ended(summary)}"
         f'<ul class="chips">{chips}</ul>{_concerns(summary)}</header>'
     )
+
+
+def _ended(summary: Summary) -> str:
+    """Why a run did not complete, and what it found all the same."""
+    if summary.status == "completed":
+        return ""
+    found = finding(summary) if summary.rounds else "No round was finished: there is no curve."
+    why = "" if last_refusals(summary) else reason(summary)
+    told = f'<p class="reason">{esc(why)}</p>' if summary.status == "failed" and why else ""
+    return f"{told}<p>{esc(unbroken(found))}</p>"
 
 
 def _concerns(summary: Summary) -> str:

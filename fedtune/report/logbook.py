@@ -7,11 +7,18 @@ from typing import Any
 
 from fedtune.report import text
 from fedtune.report.curves import COMPARE_TONES
+from fedtune.report.ending import last_refusals
 from fedtune.report.markup import bar, cell, section, sub, table
 from fedtune.report.records import Arm, ClientData, RoundRow, Summary, final
 from fedtune.report.svg import esc
 
-__all__ = ["clients_section", "details", "refused_section", "rounds_section"]
+__all__ = [
+    "clients_section",
+    "details",
+    "last_refused_section",
+    "refused_section",
+    "rounds_section",
+]
 
 CLASSES = len(COMPARE_TONES)  # labels with a colour of their own; the rest are one share
 OWNED = 5  # values of the partition column that are named
@@ -77,6 +84,23 @@ def refused_section(rounds: Sequence[RoundRow]) -> str:
         return ""
     note = "These updates were left out of the round; nothing in them reached the model."
     return section("Refused replies", note, table(["Round", "Client", "Reason"], rows))
+
+
+def last_refused_section(summary: Summary) -> str:
+    """Who was refused in the round that ended the run."""
+    rows = [
+        [
+            f"<td>{esc(number)}{_try(refusal.attempt)}</td>",
+            cell(refusal.who or text.DASH, "name"),
+            cell(refusal.reason or text.DASH, "long"),
+        ]
+        for number, refusal in last_refusals(summary)
+    ]
+    if not rows:
+        return ""
+    note = "These updates were refused; without them the round had too few."
+    heads = ["Round", "Client", "Reason"]
+    return section("Refused in the round that did not come about", note, table(heads, rows))
 
 
 def clients_section(summary: Summary) -> str:

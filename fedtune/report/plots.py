@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.report import text
 from fedtune.report.curves import (
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_compare", "draw_loss"]
+__all__ = ["draw_compare", "draw_loss", "drawn"]
+
+log = logging.getLogger(__name__)
 
 INK, SOFT, RULE, WARNING = "#15191e", "#5a6470", "#e6e9ed", "#b3400a"
 STYLE: Any = {
@@ -55,6 +60,19 @@ WIDTH_IN, DPI = 9.6, 200  # 1920 px: sharp when shown at 900
 NOTE_IN, NOTE_WIDTH = 0.19, 130  # height of a line below a picture; its characters
 SAME = 0.01  # of a line's height: nearer lines cannot be told apart
 DRAFT_DPI = 100  # while labels are placed; positions are in points and so hold at any DPI
+
+
+T = TypeVar("T")
+
+
+def drawn(draw: Callable[[T, Path], Path], what: T, path: Path) -> Path | None:
+    """`draw(what, path)`, or None and a warning where it cannot be drawn: it is only a picture."""
+    try:
+        return draw(what, path)
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        log.warning("%s could not be drawn: %s", path, words)
+        return None
 
 
 def draw_loss(summary: Summary, path: str | Path) -> Path:
@@ -121,10 +139,23 @@ def draw_compare(
         return _save(figure, path)
 
 
-def _style() -> Any:
-    from matplotlib import rc_context
+@contextmanager
+def _style() -> Iterator[None]:
+    with _no_backend():
+        from matplotlib import rc_context
+    with rc_context(STYLE):
+        yield
 
-    return rc_context(STYLE)
+
+@contextmanager
+def _no_backend() -> Iterator[None]:
+    """Notebooks name one in MPLBACKEND for all that they start, whether it is there or not."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
 
 
 def _figure(height_in: float) -> Figure:
@@ -145,8 +176,14 @@ def _titles(figure: Figure, title: str, subtitle: str) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, dpi=DPI, facecolor="white", format="png")
-    return Path(path)
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.tmp")
+    try:
+        figure.savefig(draft, dpi=DPI, facecolor="white", format="png")
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
 
 
 def _x_title(summary: Summary) -> str:
@@ -235,7 +272,7 @@ def _end_labels(axes: Axes, curves: Sequence[Curve], y_text: Callable[[float], s
 
 
 def _start_label(axes: Axes, summary: Summary) -> None:
-    first = summary.federated.mean.eval_loss[0]
+    first = next(iter(summary.federated.mean.eval_loss), None)
     if first is not None:
         axes.annotate(
             f"{summary.start} {text.loss(first)}",

@@ -134,13 +134,13 @@ class Summary:
 
     @property
     def federated(self) -> Arm:
-        """The arm that every summary has."""
+        """The arm that every summary has; empty before anything was scored."""
         return self.arms["federated"]
 
     @property
     def rounds(self) -> int:
         """Finished rounds R."""
-        return len(self.federated.mean.eval_loss) - 1
+        return max(0, len(self.federated.mean.eval_loss) - 1)
 
     @property
     def status(self) -> str:

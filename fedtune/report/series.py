@@ -31,7 +31,7 @@ from fedtune.report.records import (
     last,
 )
 
-__all__ = ["load_rounds", "load_summary", "mean", "number", "rounds_file"]
+__all__ = ["load_rounds", "load_summary", "mean", "number", "refusal_of", "rounds_file"]
 
 SERIES = tuple(name for name in Series.__annotations__ if name != "metrics")
 KNOWN = {*SERIES, "runs", "clients", "time"}  # other lists of an arm are task metrics
@@ -53,7 +53,9 @@ def load_summary(directory: str | Path) -> Summary:
     if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict):
         raise _unknown(path, 'an object with "arms"')
     arms = {str(name): _arm(str(name), arm, path) for name, arm in raw["arms"].items()}
-    if "federated" not in arms or not arms["federated"].mean.eval_loss:
+    if not arms and raw.get("status") not in (None, "completed"):
+        arms = {"federated": Arm("federated", Series())}
+    elif "federated" not in arms or not arms["federated"].mean.eval_loss:
         raise _unknown(path, 'an arm "federated" with "eval_loss"')
     known = {"arms", "verdict", "config", "versions", "data", "model", "base_loss"}
     return Summary(
@@ -195,7 +197,7 @@ def _round(raw: Mapping[str, Any]) -> RoundRow:
     attempt = _count(raw.get("attempt"))
     tries = [_mapping(item).get("refused") for item in _items(raw.get("failed_attempts"))]
     tried = [*enumerate(tries, start=1), (attempt or len(tries) + 1, raw.get("refused"))]
-    refused = [_refusal(item, number) for number, items in tried for item in _items(items)]
+    refused = [refusal_of(item, number) for number, items in tried for item in _items(items)]
     return RoundRow(
         round=_count(raw.get("round")),
         attempt=attempt,
@@ -227,7 +229,8 @@ def _count(value: object) -> int | None:
     return None if found is None else int(found)
 
 
-def _refusal(raw: object, attempt: int) -> Refusal:
+def refusal_of(raw: object, attempt: int) -> Refusal:
+    """One refused update, as `rounds.jsonl` and `summary.json` hold it."""
     if not isinstance(raw, dict):
         return Refusal(str(raw), "", attempt)
     client, node = raw.get("client"), raw.get("node")

@@ -29,6 +29,7 @@ color:var(--soft);font-size:13.5px}
 .chips b{color:var(--ink);font-weight:550}
 .concerns{margin:18px 0 0;padding:12px 16px 12px 34px;background:var(--warnbg);
 border:1px solid var(--rule);border-radius:10px;color:var(--bad);font-size:14px}
+.reason{max-width:76ch;color:var(--bad);overflow-wrap:anywhere}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(168px,1fr));gap:12px;
 margin:28px 0 12px}
 .card,section,details{background:var(--card);border:1px solid var(--rule);border-radius:10px}

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from fedtune.report import text
 from fedtune.report.concerns import made_worse
+from fedtune.report.ending import ending
 from fedtune.report.records import Spread, Summary, final, last
 
 __all__ = [
     "Check",
     "Gap",
     "checks",
+    "finding",
     "gaps",
     "headline",
     "spread_text",
@@ -71,9 +73,14 @@ def gaps(summary: Summary) -> list[Gap]:
 
 
 def headline(summary: Summary) -> str:
-    """The one sentence to remember."""
+    """The one sentence to remember: how the run ended, where it did not complete."""
+    return ending(summary) or finding(summary)
+
+
+def finding(summary: Summary) -> str:
+    """What the comparison found, as far as it came."""
     series = summary.federated.mean.eval_loss
-    before, after = series[0], last(series[1:])
+    before, after = next(iter(series), None), last(series[1:])
     rounds = f"{summary.rounds} round{'' if summary.rounds == 1 else 's'}"
     if after is None:
         return f"No held-out loss was recorded in {rounds}."

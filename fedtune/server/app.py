@@ -14,7 +14,7 @@ from fedtune.config import FederationArguments, TransportArguments
 from fedtune.errors import FedtuneError, RoundError, RunStopped
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
-from fedtune.server.rounds import Plan, RoundHook, run_rounds
+from fedtune.server.rounds import AttemptHook, Plan, RoundHook, run_rounds
 from fedtune.strategies import Method
 from fedtune.strategies.agreement import check_variants
 from fedtune.strategies.registry import name_of
@@ -49,6 +49,7 @@ class ServerRun:
         plan: rounds and budgets.
         min_clients: nodes to wait for before the first round.
         on_round: called with the state and the record of every finished round.
+        on_attempt: called with every attempt at a round that failed.
         start: state to continue from, or None to begin.
         init_adapter: directory of the first global adapter, or None to take a client's.
         join_timeout_s: how long to wait for them.
@@ -68,6 +69,7 @@ class ServerRun:
     init_adapter: Path | None = None
     join_timeout_s: float = JOIN_TIMEOUT_S
     deployed: bool = False
+    on_attempt: AttemptHook = lambda failure: None
     on_clients: ClientsHook = lambda clients: None
     codec: CodecSettings = CodecSettings()
     result: ServerState | None = field(default=None, init=False)
@@ -172,7 +174,7 @@ def _run_all(
         run_id=run.plan.run,
         ttl_s=run.plan.round_timeout_s,
     )
-    last = run_rounds(grid, strategy, run.plan, state, run.on_round, members)
+    last = run_rounds(grid, strategy, run.plan, state, run.on_round, members, run.on_attempt)
     if run.deployed:  # a site that still trains would not hear the goodbye
         for _ in grid.send_and_receive(
             [], timeout=run.plan.round_timeout_s, pending=strategy.pending

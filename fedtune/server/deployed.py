@@ -7,6 +7,7 @@ doing; its last word is `done` or `failed` with the reason, unless the process w
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import ConfigError, RunStopped
 from fedtune.files import write_json
+from fedtune.lock import hold
+from fedtune.output import forget_ending
 from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, serve
 from fedtune.server.checkpoint import ServerState
@@ -25,6 +28,8 @@ from fedtune.strategies import strategy_of
 from fedtune.transport.packed_grid import PackedGrid
 
 __all__ = ["app"]
+
+HANDOVER_S = 60.0  # until the process that submitted the run lets go of its directory
 
 app = ServerApp()
 
@@ -38,7 +43,14 @@ def main(grid: Grid, context: Context) -> None:
             f"run config settings: expected the file that fedtune submit wrote, received {path}."
         )
     submission = Submission.read(path)
-    journal = Journal(submission, str(context.run_id))
+    directory = Path(submission.directory)
+    with hold(directory, wait_s=HANDOVER_S) if submission.alone else nullcontext():
+        if submission.alone:
+            forget_ending(directory)
+        _journaled(grid, submission, Journal(submission, str(context.run_id)))
+
+
+def _journaled(grid: Grid, submission: Submission, journal: Journal) -> None:
     try:
         _run(PackedGrid(grid), submission, journal)
     except RunStopped as stop:
@@ -96,6 +108,7 @@ def _run(grid: Grid, submission: Submission, journal: Journal) -> ServerState:
             transport=submission.transport,
         )
         run.start = store.load() if submission.resume else None
+        run.on_attempt = store.on_attempt
         run.join_timeout_s = submission.join_timeout_s
         run.on_clients = lambda clients: journal.write(clients=clients)
         run.deployed = True

@@ -25,13 +25,14 @@ from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import params_of, to_arrays
 from fedtune.transport.traffic import Traffic
 
-__all__ = ["Plan", "RoundHook", "run_rounds"]
+__all__ = ["AttemptHook", "Plan", "RoundHook", "run_rounds"]
 
 log = logging.getLogger(__name__)
 
 WIDE_BASE_MB = 100.0
 
 RoundHook = Callable[[ServerState, dict[str, Any]], None]
+AttemptHook = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ def run_rounds(
     state: ServerState,
     on_round: RoundHook,
     members: Membership,
+    on_attempt: AttemptHook = lambda failure: None,
 ) -> ServerState:
     """Run the rounds after `state.round` up to `plan.num_rounds`.
 
     `on_round(state, record)` is called after the evaluation of every round, index 0 included when
-    `state` has no history yet. Raises RoundError when one round fails too often; the last good
-    state has then been handed to `on_round` already.
+    `state` has no history yet, and `on_attempt(failure)` after every attempt at a round that
+    failed. Raises RoundError when one round fails too often; the last good state has then been
+    handed to `on_round` already.
     """
     strategy.memory = ServerMemory(
         state.manifest, state.method_state, state.base, state.control_clients
@@ -100,7 +103,9 @@ def run_rounds(
         state.history.append(first)
         on_round(state, first)
     for number in range(state.round + 1, plan.num_rounds + 1):
-        arrays, record = _run_round(grid, strategy, plan, state, number, arrays, members)
+        arrays, record = _run_round(
+            grid, strategy, plan, state, number, arrays, members, on_attempt
+        )
         state.round = number
         state.params = params_of(arrays)
         memory = strategy.memory
@@ -145,6 +150,7 @@ def _run_round(
     number: int,
     arrays: ArrayRecord,
     members: Membership,
+    on_attempt: AttemptHook,
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     started, before = time.perf_counter(), grid.traffic
     pending = strategy.pending
@@ -165,11 +171,12 @@ def _run_round(
         if new is not None:
             break
         failures.append(_failure(strategy, outcome))
+        on_attempt({"round": number, "attempt": attempt, **failures[-1]})
         log.warning("round %d, attempt %d failed: %s", number, attempt, failures[-1]["reason"])
         if len(failures) > plan.max_failed_rounds:
             raise RoundError(
-                f"round {number} failed {len(failures)} times: {failures[-1]['reason']}; the last "
-                "good adapter is in place. Fix the clients, or allow fewer with --min_replies."
+                f"round {number} failed {len(failures)} times: {failures[-1]['reason']}. Fix the "
+                "clients, or allow fewer with --min_replies."
             )
     state.client_rounds.update(outcome.rounds)
     coded_s = grid.traffic.codec_s - coded_s  # in the attempt that was good, as is the wait

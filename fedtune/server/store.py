@@ -1,4 +1,7 @@
-"""What a federated run leaves on disk as it goes: rounds.jsonl, adapter/, best/, checkpoints/."""
+"""What a federated run leaves on disk as it goes.
+
+rounds.jsonl, attempts.jsonl (those at a round that failed), adapter/, best/, checkpoints/.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +80,10 @@ class RunStore:
             append_line(self._directory / "rounds.jsonl", json.dumps(record, allow_nan=False))
         if state.round % self._save_every_rounds == 0 or state.round == self._num_rounds:
             checkpoint.save(self._checkpoints, state)
+
+    def on_attempt(self, failure: dict[str, Any]) -> None:
+        """Keep who was refused and why: the round may never come about."""
+        append_line(self._directory / "attempts.jsonl", json.dumps(failure, allow_nan=False))
 
     def save(self, state: ServerState) -> None:
         """Make this round durable, whatever `save_every_rounds` says."""

@@ -29,6 +29,8 @@ class Submission:
         join_timeout_s: how long to wait for them.
         sites_evaluate: whether each site scores the global model on rows of its own.
         resume: continue from the last durable round in `directory`.
+        alone: whether the ServerApp is the one who writes there; False where the process that
+            submitted it still does, and writes the report.
     """
 
     run: str
@@ -42,6 +44,7 @@ class Submission:
     track: tuple[str, ...] = ()
     sites_evaluate: bool = True
     resume: bool = False
+    alone: bool = True
 
     def write(self) -> Path:
         """Write it into its directory; returns the file."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
+from fedtune.compare.facts import Facts
 from fedtune.compare.summary import build_summary
 from fedtune.config import FederationArguments, TransportArguments
 
@@ -18,15 +20,9 @@ FEDERATED = {
 
 
 def of_codec(strategy: str = "fedavg", **transport: Any) -> dict[str, Any]:
-    summary = build_summary(
-        FederationArguments(strategy=strategy),
-        TransportArguments(**transport),
-        [{"federated": FEDERATED}],
-        seeds=[1],
-        clients=[],
-        full_bytes=0,
-        config={},
-    )
+    federation = asdict(FederationArguments(strategy=strategy))
+    config = {"federation": federation, "transport": asdict(TransportArguments(**transport))}
+    summary = build_summary(Facts(config=config, seeds=[1]), [{"federated": FEDERATED}])
     return {key: value for key, value in summary.items() if "codec" in key or "feedback" in key}
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.signals import Stopped, stoppable
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What makes a write durable, and what removes an old one.
@@ -53,9 +55,16 @@ class Killer:
         *,
         kill_after_s: float | None = None,
         kill_at: int | None = None,
+        kill_when: str | None = None,
+        kill_by: int = signal.SIGKILL,
         **settings: Any,
     ) -> Ended:
-        """Run `job` in `directory`; kill it after some seconds or at its n-th durable operation."""
+        """Run `job` in `directory`; kill it after some seconds or at its n-th durable operation.
+
+        Args:
+            kill_when: or as soon as this is there, a path below `directory`.
+            kill_by: then, and after some seconds, the signal.
+        """
         assert self._helper.stdin is not None
         assert self._helper.stdout is not None
         request = {
@@ -63,6 +72,8 @@ class Killer:
             "directory": str(directory),
             "kill_after_s": kill_after_s,
             "kill_at": kill_at,
+            "kill_when": kill_when,
+            "kill_by": int(kill_by),
             "settings": settings,
         }
         self._helper.stdin.write(json.dumps(request) + "\n")
@@ -159,8 +170,11 @@ def _child(request: dict[str, Any], report: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        with _counted(request["kill_at"], report):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with stoppable(), _counted(request["kill_at"], report):
             JOBS[request["job"]](directory, request["settings"])
+    except (KeyboardInterrupt, Stopped) as stop:
+        os._exit(stop.code if isinstance(stop, Stopped) else 130)
     except BaseException:
         import traceback
 
@@ -178,15 +192,18 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
         os.close(reader)
         _child(request, writer)
     os.close(writer)
-    limit = request["kill_after_s"]
+    limit, when = request["kill_after_s"], request["kill_when"]
+    awaited = None if when is None else Path(request["directory"]) / when
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         seconds = time.monotonic() - started
         if done:
             break
-        if seconds > (60 if limit is None else limit):
-            os.kill(child, signal.SIGKILL)
-            limit = 60
+        if awaited is not None and awaited.exists():
+            awaited, limit = None, seconds
+        if seconds >= (60 if limit is None else limit):
+            os.kill(child, signal.SIGKILL if seconds > 60 else request["kill_by"])
+            limit = 61
         time.sleep(0.002)
     operations = os.read(reader, 20)
     os.close(reader)

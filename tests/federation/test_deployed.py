@@ -11,11 +11,14 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fedtune.adapters import load_exported
-from fedtune.compare.deployed import write_summary
+from fedtune.compare.outcome import settle
 from fedtune.config import FederationArguments, TransportArguments
+from fedtune.deploy.submit import facts_of
 from fedtune.errors import ConfigError, RoundError
 from fedtune.files import read_json, write_json
-from fedtune.report import load_summary
+from fedtune.output import write_marker
+from fedtune.report import load_summary, render_report
+from fedtune.report.verdict import headline
 from fedtune.server import deployed
 from fedtune.server.checkpoint import load_latest
 from fedtune.server.deployed import app
@@ -33,6 +36,9 @@ def submission(directory: Path, **changes: Any) -> Submission:
 
 
 def run(given: Submission, sites: Deployment) -> None:
+    """As `fedtune submit` leaves it to the server."""
+    facts = facts_of(given)
+    write_marker(Path(given.directory), settings={}, data={}, code={}, facts=facts)
     with in_a_task():
         context = Context(7, 1, {}, RecordDict(), {"settings": str(given.write())})
         app(ScriptedGrid(sites.app(), 2), context)
@@ -83,8 +89,9 @@ def test_a_run_leaves_what_any_run_leaves(tmp_path: Path) -> None:
     assert torch.equal(load_exported(tmp_path / "adapter")[0]["b"], torch.full((3,), 4.5))
     assert {task.run for _, task in sites.tasks} == {"run-a"}
     assert {reason for _, reason in sites.finished.values()} == {"done"}
-    write_summary(tmp_path, given)
+    settle(tmp_path)
     summary = load_summary(tmp_path)
+    assert summary.status == "completed"
     assert len(summary.federated.mean.eval_loss) == 4
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "loss.png").is_file()
@@ -96,6 +103,11 @@ def test_the_stop_file_ends_the_run_after_its_round(tmp_path: Path) -> None:
     state = read_json(tmp_path / FEDERATION)
     assert state["state"] == "stopped"
     assert state["error"] == "stopped after round 1; continue with --resume."
+    settle(tmp_path)
+    summary = load_summary(tmp_path)
+    assert (summary.status, summary.rounds) == ("interrupted", 1)
+    assert headline(summary) == "Interrupted in round 2 of 3."
+    assert (tmp_path / "report.html").is_file()
     assert not (tmp_path / STOP).exists()
     assert {reason for _, reason in sites.finished.values()} == {"stopped"}
 
@@ -127,6 +139,10 @@ def test_a_failure_is_the_last_word(tmp_path: Path) -> None:
     state = read_json(tmp_path / FEDERATION)
     assert state["state"] == "failed"
     assert "the disk is full" in state["error"]
+    settle(tmp_path)
+    summary = load_summary(tmp_path)
+    assert (summary.status, summary.rounds) == ("failed", 0)
+    assert "the disk is full" in render_report(tmp_path)
 
 
 def test_without_settings_nothing_runs(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
 import pytest
 
+from fedtune.compare import arms
+from fedtune.errors import RoundError
 from fedtune.server.store import RunStore
 from tests.recipes.runs import RECIPES, TINY, recipe, run_here, tiny, tree
 
@@ -116,8 +119,10 @@ def test_an_interrupted_run_is_resumed(run, tmp_path, monkeypatch):
         done = run_here(LORA, *TINY, "--output_dir", "out")
     assert done.status == 130
     assert "--resume" in done.err
-    assert not (tmp_path / "out" / "summary.json").exists()
+    ended = summary(tmp_path / "out")
+    assert (ended["status"], ended["where"]) == ("interrupted", "in round 2 of 2")
     run("--resume")
+    assert summary(tmp_path / "out")["status"] == "completed"
     assert eval_loss(tmp_path / "out") == eval_loss(tmp_path / "whole")
     assert tree(tmp_path / "out" / "adapter") == tree(tmp_path / "whole" / "adapter")
 
@@ -140,6 +145,69 @@ def test_seeds(run, tmp_path):
     assert tree(tmp_path / "out" / "adapter") == tree(seeds[0] / "adapter")
     run("--seed", "1", "--output_dir", "alone")
     assert eval_loss(tmp_path / "alone") == one
+
+
+def test_a_seed_and_an_arm_that_fail_leave_the_others(run, tmp_path, monkeypatch):
+    """Seed 2 fails in round 1, an arm of seed 3: means are over the one that is whole."""
+    on_round, local = RunStore.on_round, arms._ARMS["local"]
+
+    def fail(store, state, record):
+        on_round(store, state, record)
+        if store._directory.name == "2":
+            raise RoundError("round 1 failed 3 times: 0 of 2 needed updates (client-1: too late)")
+
+    def fail_in_seed_3(given):
+        if given.directory.parent.name == "3":
+            raise ValueError("no memory left")
+        return local(given)
+
+    monkeypatch.setattr(RunStore, "on_round", fail)
+    monkeypatch.setitem(arms._ARMS, "local", fail_in_seed_3)
+    flags = ("--num_rounds", "1", "--seeds", "1,2,3", "--compare", "local")
+    done = run_here(LORA, *TINY, "--output_dir", "out", *flags)
+    assert done.status == 1
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: 2 of 3 seeds failed: seed 2: round 1 failed 3 times")
+    top = summary(tmp_path / "out")
+    assert [seed["status"] for seed in top["runs"]] == ["completed", "failed", "failed"]
+    assert (top["seeds"], top["means_over_seeds"]) == ([1, 2, 3], [1])
+    assert "too late" in top["runs"][1]["reason"]
+    assert top["runs"][1]["where"] == "in round 1 of 1"
+    assert "no memory left" in top["runs"][2]["reason"]
+    assert top["runs"][2]["where"] == "in the arm local"
+    seeds = [tmp_path / "out" / "seeds" / name for name in ("1", "2", "3")]
+    assert top["arms"]["federated"]["eval_loss"] == eval_loss(seeds[0])
+    assert [*summary(seeds[2])["arms"]] == ["federated"]
+    assert tree(tmp_path / "out" / "adapter") == tree(seeds[0] / "adapter")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of 3 seeds completed; seed 2 failed in round 1 of 1" in page
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run(*flags, "--resume")
+    top = summary(tmp_path / "out")
+    assert (top["status"], top["means_over_seeds"]) == ("completed", [1, 2, 3])
+
+
+def test_a_resumed_run_reads_what_the_first_one_read(tmp_path, monkeypatch):
+    """Another content of a file is refused by its name; nothing of the run is touched."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {i}.", "output": f"The number is {i}."} for i in range(40)]
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ("--train_file", "train.jsonl", "--eval_file", "eval.jsonl")
+    words = (*TINY, "--num_rounds", "1", "--steps_per_round", "1")
+    assert run_here(LORA, *words, *files, "--output_dir", "out").status == 0
+    told = summary(tmp_path / "out")["data"]["files"]
+    for name in ("train.jsonl", "eval.jsonl"):
+        content = (tmp_path / name).read_bytes()
+        assert told[name] == hashlib.sha256(content).hexdigest()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        before = tree(tmp_path / "out")
+        done = run_here(LORA, *words, *files, "--output_dir", "out", "--resume")
+        assert done.status == 2
+        assert f"{name} has changed since the run in out began" in done.err
+        assert tree(tmp_path / "out") == before
+        (tmp_path / name).write_bytes(content)
 
 
 def test_client_state_reset(run, tmp_path):

@@ -1,0 +1,215 @@
+"""How a run ended, and what it leaves then: summary, report and picture, from its directory alone.
+
+A run that ends by itself, in whatever way, writes them on its way out; one that was killed could
+not, and whoever looks at its directory next does (`settle`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedtune.compare.directory import attempts_of, history_of, result_of
+from fedtune.compare.facts import Facts
+from fedtune.compare.summary import build_summary
+from fedtune.errors import FedtuneError
+from fedtune.files import read_json, write_json
+from fedtune.lock import holder
+from fedtune.output import forget_ending
+from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
+from fedtune.report.plots import draw_loss, drawn
+from fedtune.report.verdict import headline
+from fedtune.server.submission import FEDERATION
+from fedtune.signals import held, interrupted_by
+
+__all__ = ["COMPLETED", "Outcome", "leaving", "settle", "way_on", "write_outcome"]
+
+ADAPTERS = ("adapter", "model", "best")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: completed, failed, interrupted or killed.
+        reason: in words, where it did not complete.
+    """
+
+    status: str
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Of a run that leaves with this error."""
+        name = interrupted_by(error)
+        if name is not None:
+            return cls("interrupted", f"interrupted by {name}")
+        words = " ".join(str(error).split())
+        if isinstance(error, FedtuneError):
+            return cls("failed", words)
+        return cls("failed", f"{type(error).__name__}: {words}" if words else type(error).__name__)
+
+
+COMPLETED = Outcome("completed")
+
+
+@contextmanager
+def leaving(directory: Path) -> Iterator[None]:
+    """However the block ends, `directory` says so; what it said of an earlier try goes first."""
+    forget_ending(directory)
+    try:
+        yield
+    except BaseException as error:
+        try:
+            write_outcome(directory, Outcome.of(error))
+        except Exception as lost:  # what ends the run is the news, not that it cannot be told
+            log.warning("%s: no report could be written: %s", directory, lost)
+        raise
+    write_outcome(directory, COMPLETED)
+
+
+def write_outcome(directory: Path, outcome: Outcome) -> None:
+    """Write summary, report and picture of the run in `directory`, of all its seeds or its only.
+
+    Only the picture may be interrupted, and the run does not depend on it.
+    """
+    facts = Facts.read(directory)
+    if facts is None:
+        raise FedtuneError(f"{directory}: expected a run.json that says what was run, found none.")
+    with held():
+        write_json(directory / "summary.json", _summary(directory, facts, outcome))
+        write_report(directory)
+    drawn(draw_loss, load_summary(directory), directory / "loss.png")
+
+
+def settle(directory: Path) -> None:
+    """Write what a run left unwritten when it was killed, or when nobody followed it at its end.
+
+    Directories that hold no run, or one that has told its end, stay as they are.
+
+    Raises:
+        FedtuneError: the run is still going on.
+    """
+    facts = Facts.read(directory)
+    if facts is None or (directory / "summary.json").is_file():
+        return
+    pid = holder(directory)
+    if pid is not None:
+        who = f"process {pid}" if pid else "another process"
+        raise FedtuneError(f"{directory}: the run is still going on in {who}. Wait for its end.")
+    for seed in facts.seeds:
+        settle(directory / "seeds" / str(seed))
+    write_outcome(directory, _told(directory) or Outcome("killed", "killed"))
+
+
+def way_on(directory: Path) -> tuple[bool, list[str]]:
+    """Whether the run completed, and its last lines on a terminal: what came out and is next."""
+    summary = load_summary(directory)
+    report = f"report: {directory / 'report.html'}"
+    if summary.status == COMPLETED.status:
+        return True, [comparison_table(summary), *verdict_lines(summary), report]
+    done = summary.rounds
+    kind = next((name for name in ADAPTERS[:2] if (directory / name).is_dir()), None)
+    what = f"the global one after round {done}" if done else "the initial one, no round is done"
+    lines = [headline(summary), report]
+    lines += [f"adapter: {directory / kind} ({what})"] if kind else []
+    return False, [*lines, "Continue with --resume, or begin again with --overwrite."]
+
+
+def _told(directory: Path) -> Outcome | None:
+    """What the server of a deployment said last."""
+    try:
+        told = read_json(directory / FEDERATION)
+    except (OSError, ValueError):
+        return None
+    if told.get("state") == "done":
+        return COMPLETED
+    status = {"failed": "failed", "stopped": "interrupted"}.get(told.get("state"))
+    return Outcome(status, str(told.get("error"))) if status else None
+
+
+def _summary(directory: Path, facts: Facts, outcome: Outcome) -> dict[str, Any]:
+    head: dict[str, Any] = {"status": outcome.status}
+    if outcome.reason:
+        head["reason"] = outcome.reason
+    if len(facts.seeds) > 1:
+        runs = [_of_seed(directory, seed) for seed in facts.seeds]
+        head["runs"] = runs
+        results, over = _results(directory, facts, runs)
+        head["means_over_seeds"] = over
+        _copy_adapters(directory, over)
+    else:
+        if outcome != COMPLETED:
+            head |= _where(directory, facts)
+        result = result_of(directory, facts.arms)
+        results = [result] if "federated" in result else []
+    return {**head, **build_summary(facts, results)}
+
+
+def _of_seed(directory: Path, seed: int) -> dict[str, Any]:
+    """How one of several seeds ended."""
+    path = directory / "seeds" / str(seed) / "summary.json"
+    if not path.is_file():
+        return {"seed": seed, "status": "not run"}
+    told = read_json(path)
+    kept = ("status", "reason", "where", "refused")
+    return {"seed": seed, **{name: told[name] for name in kept if name in told}}
+
+
+def _results(
+    directory: Path, facts: Facts, runs: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Results of the completed seeds, and which those are.
+
+    Without one, the federated series of all that began, as far as all of them came.
+    """
+    over = [run["seed"] for run in runs if run["status"] == "completed"]
+    if over:
+        return [result_of(directory / "seeds" / str(seed), facts.arms) for seed in over], over
+    begun = {seed: result_of(directory / "seeds" / str(seed), ()) for seed in facts.seeds}
+    begun = {seed: result for seed, result in begun.items() if result}
+    common = min((len(result["federated"]["eval_loss"]) for result in begun.values()), default=0)
+    cut = [{"federated": _cut(result["federated"], common)} for result in begun.values()]
+    return cut, list(begun)
+
+
+def _cut(arm: Mapping[str, Any], length: int) -> dict[str, Any]:
+    return {name: values[:length] for name, values in arm.items() if isinstance(values, list)}
+
+
+def _where(directory: Path, facts: Facts) -> dict[str, Any]:
+    """Where in the run it ended, and who was refused in the round that did not come about."""
+    done, rounds = len(history_of(directory)) - 1, facts.federation.num_rounds
+    if done < 0:
+        return {"where": "before round 1"}
+    if done < rounds:
+        refused = [
+            {"round": attempt["round"], "attempt": attempt["attempt"], **refusal}
+            for attempt in attempts_of(directory)
+            if attempt["round"] == done + 1
+            for refusal in attempt["refused"]
+        ]
+        return {"where": f"in round {done + 1} of {rounds}", "refused": refused}
+    finished = result_of(directory, facts.arms)
+    arm = next((arm for arm in facts.arms if arm not in finished), None)
+    return {"where": f"in the arm {arm}" if arm else "after the last round"}
+
+
+def _copy_adapters(directory: Path, seeds: Sequence[int]) -> None:
+    """The first of `seeds` that has one gives the adapter of all."""
+    for seed in seeds:
+        source = directory / "seeds" / str(seed)
+        found = [name for name in ADAPTERS if (source / name).is_dir()]
+        for name in found:
+            shutil.rmtree(directory / name, ignore_errors=True)
+            shutil.copytree(source / name, directory / name)
+        if found:
+            return

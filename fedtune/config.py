@@ -146,10 +146,13 @@ class FederationArguments:
         "Method, or methods joined by `+`, one of each axis: fedprox, scaffold; fedbuff, fednova, "
         "krum, multikrum, median, trimmed_mean, fedit, ffa_lora, rolora, fedsa_lora, flora, "
         "fedex_lora, flexlora, hetlora, raflora; diloco, fedadagrad, fedadam, fedavgm, fedyogi. "
-        "flwr:NAME: a strategy of Flower. See docs/methods.md.",
+        "flwr:NAME: a strategy of Flower. Several, separated by commas, are run one by one and "
+        "compared. See docs/methods.md.",
     )
     strategy_args: str | None = setting(
-        None, "Settings of the method, such as mu=0.1,lr=0.01 or fedadam.lr=0.01."
+        None,
+        "Settings of the method, such as mu=0.1,lr=0.01 or fedadam.lr=0.01. Of several strategies, "
+        "each takes those that it has.",
     )
     weight_by: Literal["tokens", "examples", "uniform"] = setting(
         "tokens", "Weight of a client in the mean: what it trained on in the round."
@@ -248,6 +251,11 @@ class Arguments:
         if self.run.seeds is None:
             return [int(self.training.seed)]
         return split_ints(self.run.seeds, "--seeds")
+
+    @property
+    def strategies(self) -> list[str]:
+        """Methods of `--strategy`, one whole run each."""
+        return split_names(self.federation.strategy)
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -78,6 +78,8 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
     from fedtune.runs import facts_of, run_seeds
     from fedtune.sources import sources_of
 
+    if len(args.strategies) > 1:
+        return _run_several(args, build_model, build_trainer)
     output: dict[str, Any] = {
         "directory": args.training.output_dir,
         "resume": args.run.resume,
@@ -103,6 +105,18 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
             return run_seeds(args, directory, silos, first, build_model, build_trainer)
         finally:
             _say_end(directory)
+
+
+def _run_several(
+    args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer
+) -> dict[str, Any]:
+    from fedtune.sweep import run_strategies
+
+    try:
+        return run_strategies(args, build_model, build_trainer)
+    finally:
+        if not args.run.dry_run:
+            _say_end(Path(args.training.output_dir))
 
 
 def _say_end(directory: Path) -> None:

@@ -57,6 +57,7 @@ OWN = frozenset(
         LOCK,
         "seeds",
         "stop",
+        "strategies",
         "submission.json",
         "summary.json",
         "tensorboard",

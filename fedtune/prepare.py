@@ -18,6 +18,7 @@ from fedtune.config import Arguments
 from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.identity import identity_of
 from fedtune.transport.settings import CodecSettings
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client", "with_seed"]
@@ -30,12 +31,14 @@ class Prepared:
     Attributes:
         model_bytes: what the model takes in memory.
         full_bytes: what exchanging the whole base model once would take.
+        identity: rows, base model and tokenizer by content.
     """
 
     worker: Worker
     clients: list[dict[str, Any]]
     model_bytes: int
     full_bytes: int
+    identity: dict[str, dict[str, Any]]
 
 
 def load_silos(args: Arguments) -> Silos:
@@ -83,6 +86,7 @@ def prepare(
         client_table(silos, counts, label),
         model_bytes=resident_bytes(worker.model),
         full_bytes=exchanged_bytes(worker.model),
+        identity=identity_of(silos.train, silos.evaluation, worker.model, worker.tokenizer),
     )
 
 

@@ -19,6 +19,7 @@ from fedtune.compare.directory import OWN_ROWS, RESULT
 from fedtune.compare.facts import Facts, settings_of
 from fedtune.compare.outcome import leaving
 from fedtune.compare.own_rows import OwnRows
+from fedtune.compare.shared import SharedArms
 from fedtune.config import Arguments
 from fedtune.data import format_table
 from fedtune.data.silos import Silos
@@ -30,7 +31,7 @@ from fedtune.output import MARKER, run_settings, write_marker
 from fedtune.prepare import Prepared, prepare
 from fedtune.signals import interrupted_by
 
-__all__ = ["facts_of", "run_seeds"]
+__all__ = ["facts_of", "run_seeds", "surviving"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def facts_of(args: Arguments, silos: Silos, prepared: Prepared, files: dict[str,
         base_loss=prepared.worker.base_loss(),
         own_rows=None if own is None else {name: len(own[name]) for name in own},
         files=files,
+        identity=prepared.identity,
     )
 
 
@@ -57,11 +59,14 @@ def run_seeds(
     first: Prepared,
     build_model: BuildModel,
     build_trainer: BuildTrainer,
+    *,
+    shared: SharedArms | None = None,
 ) -> dict[str, Any]:
     """Run every seed into `directory` (several: `directory/seeds/<s>`); returns the summary.
 
     `first` is what the first seed starts from; wherever it was prepared, it works in `directory`,
-    which holds the run's `run.json`. However the run ends, its summary and report are there.
+    which holds the run's `run.json`. `shared` are arms that other runs may have run.
+    However the run ends, its summary and report are there.
 
     Raises:
         RoundError: a seed or an arm failed; what did not is in the summary.
@@ -71,9 +76,9 @@ def run_seeds(
     print(format_table(first.clients), flush=True)
     with leaving(directory):
         if len(seeds) == 1:
-            _run_seed(args, first, directory, silos.own_evaluation)
+            _run_seed(args, first, directory, silos.own_evaluation, shared)
         else:
-            _run_each(args, directory, silos, first, build_model, build_trainer)
+            _run_each(args, directory, silos, first, build_model, build_trainer, shared)
     summary: dict[str, Any] = read_json(directory / "summary.json")
     return summary
 
@@ -85,6 +90,7 @@ def _run_each(
     first: Prepared,
     build_model: BuildModel,
     build_trainer: BuildTrainer,
+    shared: SharedArms | None,
 ) -> None:
     seeds = args.seeds
     failed: list[str] = []
@@ -93,7 +99,7 @@ def _run_each(
     for seed in seeds:
         seed_dir, alone = directory / "seeds" / str(seed), _of_seed(args, seed)
         print(f"seed {seed}", flush=True)
-        with _surviving(f"seed {seed}", failed), hold(seed_dir):
+        with surviving(f"seed {seed}", failed), hold(seed_dir):
             facts = replace(whole, seeds=[seed], config=settings_of(alone))
             write_marker(seed_dir, settings=run_settings(alone), facts=facts.to_json(), **read)
             with leaving(seed_dir):
@@ -102,7 +108,8 @@ def _run_each(
                     work_dir = seed_dir / "clients"
                     prepared = prepare(args, seed, silos, work_dir, build_model, build_trainer)
                 try:
-                    _run_seed(alone, prepared, seed_dir, silos.own_evaluation)
+                    arms = shared and shared.of_seed(seed)
+                    _run_seed(alone, prepared, seed_dir, silos.own_evaluation, arms)
                 finally:
                     prepared.worker.release()
     if failed:
@@ -110,7 +117,7 @@ def _run_each(
 
 
 @contextmanager
-def _surviving(name: str, failed: list[str]) -> Iterator[None]:
+def surviving(name: str, failed: list[str]) -> Iterator[None]:
     """An error of one part is noted in `failed` and said; the next part goes on."""
     try:
         yield
@@ -133,7 +140,11 @@ def _of_seed(args: Arguments, seed: int) -> Arguments:
 
 
 def _run_seed(
-    args: Arguments, prepared: Prepared, directory: Path, own_rows: Mapping[str, Dataset] | None
+    args: Arguments,
+    prepared: Prepared,
+    directory: Path,
+    own_rows: Mapping[str, Dataset] | None,
+    shared: SharedArms | None,
 ) -> None:
     """The federated run, then its arms; one that fails takes nothing from the others."""
     worker = prepared.worker
@@ -154,8 +165,8 @@ def _run_seed(
             done = given.directory / name / RESULT
             if args.run.resume and done.is_file():
                 continue
-            with _surviving(f"arm {name}", failed):
-                result = run_arm(name, given)
+            with surviving(f"arm {name}", failed):
+                result = shared.result(name, given) if shared else run_arm(name, given)
                 done.parent.mkdir(parents=True, exist_ok=True)
                 write_json(done, result)
         write_json(directory / OWN_ROWS, own_scores(worker.args, worker, last, own))

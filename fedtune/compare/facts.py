@@ -33,6 +33,7 @@ class Facts:
         own_rows: how many of the held-out rows are like each client's own, None where they cannot
             be told apart.
         files: path -> sha256 of every file that was read; hub id -> revision.
+        identity: rows, base model and tokenizer by content (`fedtune.identity`).
     """
 
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Facts:
     base_loss: float | None = None
     own_rows: dict[str, int] | None = None
     files: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     @property

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune.compare.comparison import strategies_of, table_of, write_comparison
 from fedtune.compare.directory import attempts_of, history_of, result_of
 from fedtune.compare.facts import Facts
 from fedtune.compare.summary import build_summary
@@ -23,12 +24,14 @@ from fedtune.lock import holder
 from fedtune.output import forget_ending
 from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
 from fedtune.report.plots import draw_loss, drawn
+from fedtune.report.several import run_directories
 from fedtune.report.verdict import headline
 from fedtune.server.submission import FEDERATION
 from fedtune.signals import held, interrupted_by
 
 __all__ = ["COMPLETED", "Outcome", "leaving", "settle", "way_on", "write_outcome"]
 
+ON = "Continue with --resume, or begin again with --overwrite."
 ADAPTERS = ("adapter", "model", "best")
 
 log = logging.getLogger(__name__)
@@ -84,6 +87,10 @@ def write_outcome(directory: Path, outcome: Outcome) -> None:
     facts = Facts.read(directory)
     if facts is None:
         raise FedtuneError(f"{directory}: expected a run.json that says what was run, found none.")
+    if strategies_of(facts):
+        with held():
+            write_comparison(directory, facts, _head(outcome))
+        return
     with held():
         write_json(directory / "summary.json", _summary(directory, facts, outcome))
         write_report(directory)
@@ -107,13 +114,21 @@ def settle(directory: Path) -> None:
         raise FedtuneError(f"{directory}: the run is still going on in {who}. Wait for its end.")
     for seed in facts.seeds:
         settle(directory / "seeds" / str(seed))
+    if strategies_of(facts):
+        for run in run_directories([directory]):
+            settle(run)
     write_outcome(directory, _told(directory) or Outcome("killed", "killed"))
 
 
 def way_on(directory: Path) -> tuple[bool, list[str]]:
     """Whether the run completed, and its last lines on a terminal: what came out and is next."""
-    summary = load_summary(directory)
     report = f"report: {directory / 'report.html'}"
+    facts = Facts.read(directory)
+    if facts is not None and strategies_of(facts):
+        well = read_json(directory / "summary.json")["status"] == COMPLETED.status
+        on = [] if well else [ON]
+        return well, [table_of(directory), report, *on]
+    summary = load_summary(directory)
     if summary.status == COMPLETED.status:
         return True, [comparison_table(summary), *verdict_lines(summary), report]
     done = summary.rounds
@@ -121,7 +136,7 @@ def way_on(directory: Path) -> tuple[bool, list[str]]:
     what = f"the global one after round {done}" if done else "the initial one, no round is done"
     lines = [headline(summary), report]
     lines += [f"adapter: {directory / kind} ({what})"] if kind else []
-    return False, [*lines, "Continue with --resume, or begin again with --overwrite."]
+    return False, [*lines, ON]
 
 
 def _told(directory: Path) -> Outcome | None:
@@ -136,10 +151,13 @@ def _told(directory: Path) -> Outcome | None:
     return Outcome(status, str(told.get("error"))) if status else None
 
 
+def _head(outcome: Outcome) -> dict[str, Any]:
+    told = {"status": outcome.status}
+    return {**told, "reason": outcome.reason} if outcome.reason else told
+
+
 def _summary(directory: Path, facts: Facts, outcome: Outcome) -> dict[str, Any]:
-    head: dict[str, Any] = {"status": outcome.status}
-    if outcome.reason:
-        head["reason"] = outcome.reason
+    head = _head(outcome)
     if len(facts.seeds) > 1:
         runs = [_of_seed(directory, seed) for seed in facts.seeds]
         head["runs"] = runs

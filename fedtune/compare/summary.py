@@ -30,7 +30,12 @@ def build_summary(facts: Facts, results: Sequence[SeedResult]) -> dict[str, Any]
         "seeds": facts.seeds,
         "base_loss": facts.base_loss,
         **(_measured(facts, results) if results else {"arms": {}, "verdict": {}}),
-        "data": {"clients": facts.clients, "files": facts.files},
+        "data": {
+            **facts.identity.get("data", {}),
+            "clients": facts.clients,
+            "files": facts.files,
+        },
+        "model": facts.identity.get("model", {}),
         "config": facts.config,
         "versions": facts.versions,
     }

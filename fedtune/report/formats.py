@@ -14,7 +14,7 @@ from fedtune.report.intervals import Interval
 from fedtune.report.side_by_side import RunRow
 from fedtune.report.unlike import Note
 
-__all__ = ["FORMATS", "render_runs"]
+__all__ = ["FORMATS", "cells", "records", "render_runs"]
 
 MOST_SETTINGS = 4  # columns of a table that is read; csv and json have all
 LONGEST = 24  # characters of a setting in it
@@ -27,22 +27,22 @@ def render_runs(rows: Sequence[RunRow], notes: Sequence[Note], style: str) -> st
 
 
 def _plain(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    lines = _aligned(_cells(rows))
+    lines = _aligned(cells(rows))
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join([*lines, *_under(notes)])
 
 
 def _markdown(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in _cells(rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" | ".join(_padded(row, widths)) for row in cells]
+    rows_of = [[cell.replace("|", "\\|") for cell in row] for row in cells(rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows_of, strict=True)]
+    lines = [" | ".join(_padded(row, widths)) for row in rows_of]
     rule = " | ".join("-" * w if not i else "-" * (w - 1) + ":" for i, w in enumerate(widths))
     table = [f"| {line} |" for line in (lines[0], rule, *lines[1:])]
     return "\n".join([*table, *(["", *_under(notes, "- ")] if notes else [])])
 
 
 def _latex(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    head, *body = [[_escaped(cell) for cell in row] for row in _cells(rows)]
+    head, *body = [[_escaped(cell) for cell in row] for row in cells(rows)]
     lines = [
         *(f"% {_one_line(note.words)}" for note in notes),
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
@@ -58,20 +58,20 @@ def _latex(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
 
 def _csv(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
     out = io.StringIO()
-    records = [_record(row) for row in rows]
+    found = records(rows)
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
-    columns = [*(key for key in records[0] if key not in ("settings", "final_losses"))]
+    columns = [*(key for key in found[0] if key not in ("settings", "final_losses"))]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*columns, *(f"setting_{name}" for name in settings)])
-    for row, record in zip(rows, records, strict=True):
+    for row, record in zip(rows, found, strict=True):
         values = [" ".join(v) if isinstance(v := record[key], list) else v for key in columns]
         writer.writerow([*values, *(row.settings.get(name, "") for name in settings)])
     return out.getvalue().rstrip("\n")
 
 
 def _json(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    told = [{"words": note.words, "serious": note.serious} for note in notes]
-    return json.dumps({"runs": [_record(row) for row in rows], "notes": told}, indent=1)
+    told = [note._asdict() for note in notes]
+    return json.dumps({"runs": records(rows), "notes": told}, indent=1)
 
 
 FORMATS: dict[str, Callable[[Sequence[RunRow], Sequence[Note]], str]] = {
@@ -83,8 +83,12 @@ FORMATS: dict[str, Callable[[Sequence[RunRow], Sequence[Note]], str]] = {
 }
 
 
+def records(rows: Sequence[RunRow]) -> list[dict[str, Any]]:
+    """The rows as JSON values, every figure in full; these names stay."""
+    return [_record(row) for row in rows]
+
+
 def _record(row: RunRow) -> dict[str, Any]:
-    """Every figure in full; these names stay."""
     return {
         "run": row.run,
         "directory": str(row.directory),
@@ -124,11 +128,11 @@ def _std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _cells(rows: Sequence[RunRow]) -> list[list[str]]:
+def cells(rows: Sequence[RunRow]) -> list[list[str]]:
     """Head and rows as people read them; columns that say nothing are left out."""
     names = list(dict.fromkeys(name for row in rows for name in row.settings))[:MOST_SETTINGS]
     head = ["run", "strategy", *names, "rounds", "status", "final loss", "best (round)"]
-    cells = [
+    lines = [
         [
             row.run,
             row.strategy or text.DASH,
@@ -148,7 +152,7 @@ def _cells(rows: Sequence[RunRow]) -> list[list[str]]:
     alike = {"rounds": len({row.rounds for row in rows}) < 2}
     alike["status"] = {row.status for row in rows} == {"completed"}
     kept = [index for index, name in enumerate(head) if not alike.get(name)]
-    return [[line[index] for index in kept] for line in (head, *cells)]
+    return [[line[index] for index in kept] for line in (head, *lines)]
 
 
 def _loss(row: RunRow) -> str:
@@ -194,9 +198,9 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [pairs[0][0].ljust(pairs[0][1]), *(cell.rjust(width) for cell, width in pairs[1:])]
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(_padded(row, widths)).rstrip() for row in cells]
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(_padded(row, widths)).rstrip() for row in lines]
 
 
 SPECIAL = {

@@ -17,7 +17,7 @@ from fedtune.report.style import style_sheet
 from fedtune.report.svg import Shape, esc, line_chart
 from fedtune.report.verdict import finding, gaps, headline
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["both", "concerns_list", "page", "render_report", "write_page", "write_report"]
 
 # Nothing may be fetched or run, whatever a name in the data says.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -25,9 +25,14 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def write_report(directory: str | Path) -> Path:
     """Write `directory/report.html` from `summary.json` and `rounds.jsonl`; returns its path."""
-    path = Path(directory) / "report.html"
+    return write_page(Path(directory), render_report(directory))
+
+
+def write_page(directory: Path, words: str) -> Path:
+    """Replace `directory/report.html`, whole."""
+    path = directory / "report.html"
     draft = path.with_name(".report.html.tmp")
-    draft.write_text(render_report(directory), encoding="utf-8")
+    draft.write_text(words, encoding="utf-8")
     os.replace(draft, path)
     return path
 
@@ -55,6 +60,11 @@ def render_report(directory: str | Path) -> str:
             logbook.details("Versions", summary.versions),
         )
     )
+    return page(name, body)
+
+
+def page(name: str, body: str) -> str:
+    """A whole page; `name` and `body` are HTML already."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"/>\n'
@@ -82,7 +92,7 @@ def _header(summary: Summary, name: str) -> str:
     return (
         f'<header><p class="eyebrow"><b>fedtune</b> / {name}</p>'
         f"<h1>{esc(unbroken(headline(summary)))}</h1>{_ended(summary)}"
-        f'<ul class="chips">{chips}</ul>{_concerns(summary)}</header>'
+        f'<ul class="chips">{chips}</ul>{concerns_list(concerns(summary))}</header>'
     )
 
 
@@ -96,15 +106,16 @@ def _ended(summary: Summary) -> str:
     return f"{told}<p>{esc(unbroken(found))}</p>"
 
 
-def _concerns(summary: Summary) -> str:
-    lines = "".join(f"<li>{esc(unbroken(line))}</li>" for line in concerns(summary))
-    return f'<ul class="concerns">{lines}</ul>' if lines else ""
+def concerns_list(lines: Sequence[str]) -> str:
+    """A box of warnings; nothing without one."""
+    items = "".join(f"<li>{esc(unbroken(line))}</li>" for line in lines)
+    return f'<ul class="concerns">{items}</ul>' if items else ""
 
 
 def _loss_figure(summary: Summary) -> str:
     curves = loss_curves(summary)
     counted = last(summary.federated.mean.samples) is not None
-    chart = _both(
+    chart = both(
         curves,
         wide=Shape(1070, 430, right=244),
         narrow=Shape(360, 300, right=12, left=40),
@@ -142,7 +153,7 @@ def _small_figures(summary: Summary) -> str:
     gap, traffic = gap_curves(summary), traffic_curves(summary)
     width = 500 if gap and traffic else 1070
     samples = next((row.samples for row in gaps(summary) if row.arm == "centralized"), "")
-    gap_chart = _both(
+    gap_chart = both(
         gap,
         wide=Shape(width, 240, right=86),
         narrow=Shape(360, 230, right=76, left=40),
@@ -151,7 +162,7 @@ def _small_figures(summary: Summary) -> str:
         title="Gap to centralized after each round",
         zero=True,
     )
-    traffic_chart = _both(
+    traffic_chart = both(
         traffic,
         wide=Shape(width, 240, right=178),
         narrow=Shape(360, 230, right=166, left=40),
@@ -171,7 +182,7 @@ def _small_figures(summary: Summary) -> str:
     return f'<div class="pair">{figures}</div>' if figures else ""
 
 
-def _both(
+def both(
     curves: Sequence[Curve],
     *,
     wide: Shape,
@@ -182,6 +193,8 @@ def _both(
     zero: bool = False,
     start: str = "",
 ) -> str:
+    """A chart in two shapes, of which the page shows the one that fits; nothing without curves."""
+
     def draw(shape: Shape, css: str) -> str:
         return line_chart(
             curves,

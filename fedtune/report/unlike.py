@@ -88,7 +88,7 @@ def _settings(summary: Summary) -> dict[str, str]:
     hidden = ELSEWHERE if summary.data.get("held_out") else TOLD
     idle = OF_CODEC if found.get("codec") == "none" else set()
     return {
-        name: value if isinstance(value, str) else json.dumps(value)
+        name: "" if value is None else value if isinstance(value, str) else json.dumps(value)
         for name, value in found.items()
         if name not in hidden and name not in idle
     }

@@ -42,6 +42,7 @@ COMMA_SEPARATED = {
     "min_replies",
     "modules_to_save",
     "seeds",
+    "strategy",
     "strategy_args",
     "track",
 }

@@ -13,7 +13,12 @@ def test_a_run_that_collapsed(tmp_path):
     flags = ("--learning_rate", "1", "--compare", "centralized", "--output_dir", out)
     done = run_here(recipe("lora_sft"), *TINY, *flags)
     assert done.status == 0, done.err
-    losses = json.loads((out / "summary.json").read_text())["arms"]["federated"]["eval_loss"]
+    summary = json.loads((out / "summary.json").read_text())
+    parts = summary["data"]["held_out"], summary["data"]["train"]
+    assert [part["rows"] for part in parts] == [6, 54]
+    hashes = [*(part["sha256"] for part in parts), *summary["model"].values()]
+    assert len({digest for digest in hashes if len(digest) == 64}) == 4
+    losses = summary["arms"]["federated"]["eval_loss"]
     assert losses[0] < min(losses[1:]), "the learning rate ruins every round"
     assert "training made it worse: " in done.out
     assert "best round: 0 (initial adapter)" in done.out

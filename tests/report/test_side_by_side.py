@@ -164,6 +164,8 @@ def test_one_run_of_several_strategies_stands_for_all(tmp_path: Path, capsys: An
     for name, end in (("zeta", 2.0), ("alpha", 3.0)):
         place = write_run(tmp_path / "top" / "strategies" / name, a_run({1: end}, name), [])
         (place / "run.json").write_text("{}")
+    asked = {"settings": {"strategy": "zeta,alpha,never"}}
+    (tmp_path / "top" / "run.json").write_text(json.dumps(asked))
     out, _ = shown(capsys, tmp_path / "top")
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["zeta", "alpha"]
 

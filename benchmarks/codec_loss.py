@@ -26,7 +26,8 @@ from fedtune.report import Series, load_summary
 
 COMMON = (
     "--num_clients 4 --num_rounds 10 --steps_per_round 10 --per_device_train_batch_size 8 "
-    "--eval_fraction 0.06 --per_device_eval_batch_size 32 --max_length 64"
+    "--lr_scheduler_type constant --warmup_steps 0 --eval_fraction 0.06 "
+    "--per_device_eval_batch_size 32 --max_length 64"
 )
 LORA = "--lora_r 8 --lora_target_modules all-linear --learning_rate 5e-3"
 WHOLE = "--peft_method none --learning_rate 5e-4"
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases side by side")
     parser.add_argument("--read", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--markdown", action="store_true", help="the table as in docs/results.md")
+    parser.add_argument("--extra", default="", help="more flags for every run, which win")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     if not (args.shared / "models" / "stories260k").is_dir():
@@ -106,7 +108,7 @@ def run(task: str, codec: str, directory: Path, args: argparse.Namespace) -> int
         f"{COMMON} {flags} {'' if args.full else SHORT} {CODECS[codec]} --seeds {seeds} "
         f"--model_name_or_path {args.shared}/models/stories260k "
         f"--train_file {args.shared}/data/{data} --output_dir {place} "
-        f"{'--resume' if place.exists() else ''}"
+        f"{'--resume' if place.exists() else ''} {args.extra}"
     )
     print(shlex.join(["python", "recipes/lora_sft.py", *words]), flush=True)
     place.parent.mkdir(parents=True, exist_ok=True)

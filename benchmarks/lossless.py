@@ -29,8 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.transport import decode, encode
 from fedtune.transport.bits import bit_difference, bit_sum
 
-CLIENTS, ROUNDS, STEPS, BATCH, TOKENS = 2, 4, 20, 8, 64
-RATES = (1e-5, 1e-4, 1e-3)
+CLIENTS, STEPS, BATCH, TOKENS = 2, 20, 8, 64
 PLANE, RUNS = 1 << 16, 7
 
 
@@ -38,15 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="data/ and models/")
     parser.add_argument("--mb", type=int, default=64, help="of bf16 values, for the speed")
+    parser.add_argument("--rounds", type=int, default=4, help="of 20 steps on two clients")
+    parser.add_argument("--rates", default="1e-5,1e-4,1e-3", help="learning rates")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     if not (args.shared / "models" / "stories260k").is_dir():
         print(f"skipped: no models/stories260k in {args.shared}; point --shared at it")
         return
     rows = []
-    for rate in RATES:
-        models = globals_of_rounds(args.shared, rate)
-        for number in (1, ROUNDS):
+    for rate in map(float, args.rates.split(",")):
+        models = globals_of_rounds(args.shared, rate, args.rounds)
+        for number in sorted({1, args.rounds}):
             new, old = models[number], models[number - 1]
             row = {"lr": rate, "round": number, **ways(new, old), **speed(new, old, args.mb)}
             rows.append(row)
@@ -55,7 +56,7 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1))
 
 
-def globals_of_rounds(shared: Path, rate: float) -> list[torch.Tensor]:
+def globals_of_rounds(shared: Path, rate: float, rounds: int) -> list[torch.Tensor]:
     """The values of the global model before round 1 and after each round, bf16."""
     torch.manual_seed(0)
     path = shared / "models" / "stories260k"
@@ -66,7 +67,7 @@ def globals_of_rounds(shared: Path, rate: float) -> list[torch.Tensor]:
     texts = [json.loads(line)["text"] for line in lines.splitlines()]
     states: list[dict] = [{} for _ in range(CLIENTS)]
     models = [torch.nn.utils.parameters_to_vector(params).detach().bfloat16()]
-    for number in range(ROUNDS):
+    for number in range(rounds):
         ends = []
         for client in range(CLIENTS):
             torch.nn.utils.vector_to_parameters(models[-1].float(), params)

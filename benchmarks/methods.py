@@ -32,7 +32,7 @@ PARTS = {"dirichlet": "--partition dirichlet --partition_alpha 0.1", "iid": "--p
 COMMON = (
     f"--num_clients {CLIENTS} --num_rounds 8 --epochs_per_round 2 --per_device_train_batch_size 8 "
     "--learning_rate 5e-3 --max_length 48 --lora_r 8 --lora_target_modules all-linear "
-    "--per_device_eval_batch_size 32"
+    "--lr_scheduler_type constant --warmup_steps 0 --per_device_eval_batch_size 32"
 )
 SHORT = "--num_rounds 2 --epochs_per_round 1"
 # Every sixth row trains and every twentieth is held out, none does both.
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases side by side")
     parser.add_argument("--read", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--markdown", action="store_true", help="the table as in docs/results.md")
+    parser.add_argument("--extra", default="", help="more flags for every run, which win")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     if not (args.shared / "models" / "stories260k").is_dir():
@@ -143,7 +144,7 @@ def run_all(
         if not (directory / case.part / case.method / str(seed) / "summary.json").is_file()
     ]
     with ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        ends = list(pool.map(lambda item: run(*item, args.shared, args.full), todo))
+        ends = list(pool.map(lambda item: run(*item, args), todo))
     return [
         f"{case.part}/{case.method} seed {seed} ({place}.log)"
         for (case, seed, place), status in zip(todo, ends, strict=True)
@@ -161,17 +162,17 @@ def write_rows(shared: Path, directory: Path) -> None:
             path.write_text("\n".join(lines[part]) + "\n")
 
 
-def run(case: Case, seed: int, place: Path, shared: Path, full: bool) -> int:
+def run(case: Case, seed: int, place: Path, args: argparse.Namespace) -> int:
     """One recipe command; its output goes to a log beside its directory."""
     recipe = Path(__file__).parents[1] / "recipes" / "lora_sft.py"
     data, settings = place.parents[2], METHODS[case.method]
     flags = (
-        f"{COMMON} {'' if full else SHORT} {PARTS[case.part]} --strategy {case.method} "
+        f"{COMMON} {'' if args.full else SHORT} {PARTS[case.part]} --strategy {case.method} "
         f"{f'--strategy_args {settings}' if settings else ''} --seed {seed} --data_seed {seed} "
         f"{'--compare centralized' if case.method == 'fedavg' else ''} "
-        f"--model_name_or_path {shared}/models/stories260k --train_file {data}/train.jsonl "
+        f"--model_name_or_path {args.shared}/models/stories260k --train_file {data}/train.jsonl "
         f"--eval_file {data}/held_out.jsonl --output_dir {place} "
-        f"{'--resume' if (place / 'run.json').is_file() else ''}"
+        f"{'--resume' if (place / 'run.json').is_file() else ''} {args.extra}"
     )
     words = shlex.split(flags)
     print(shlex.join(["python", "recipes/lora_sft.py", *words]), flush=True)

@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--steps", type=int, default=1800, help="trainer: optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=10, help="trainer: rounds of a federated run")
-    parser.add_argument("--pairs", type=int, default=3, help="trainer: how often both are timed")
+    parser.add_argument("--pairs", type=int, default=3, help="how often both are timed")
+    parser.add_argument("--short", type=int, default=20, help="round: rounds of one step")
+    parser.add_argument("--clients", default="10,100", help="fold: numbers of clients")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--fold-clients", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -115,32 +117,53 @@ def time_federated(arguments, worker, directory: Path) -> float:
 
 
 def measure_round(args: argparse.Namespace) -> dict[str, object]:
-    """Rounds of one step against the same steps in one plain run, LoRA of 5 MB."""
-    rounds = 20
+    """Rounds of one step against the same steps in one plain run, LoRA of 5 MB in 224 tensors."""
+    rounds = args.short
     with tempfile.TemporaryDirectory() as scratch:
         flags = (
-            f"--num_rounds {rounds} --steps_per_round 1 --lora_r 310 --eval_fraction 0.006 "
-            "--lora_target_modules all-linear"
+            f"--model_name_or_path {wide_model(Path(scratch))} --lora_r 22 --num_rounds {rounds} "
+            "--steps_per_round 1 --eval_fraction 0.006"
         )
         arguments, worker = one_client(Path(scratch), flags.split())
         params, _ = worker.initial()
         megabytes = sum(value.numel() * value.element_size() for value in params.values()) / 1e6
         plain, federated = [], []
-        for pair in range(3):
+        for pair in range(args.pairs):
             plain.append(time_plain(arguments, worker, rounds))
             federated.append(time_federated(arguments, worker, Path(scratch) / f"run{pair}"))
     overhead = [(ours - theirs) / rounds for ours, theirs in zip(federated, plain, strict=True)]
     return {
         "adapter_mb": round(megabytes, 2),
+        "tensors": len(params),
         "seconds_per_client_round": round(statistics.median(overhead), 3),
         "all": [round(value, 3) for value in overhead],
     }
 
 
+def wide_model(scratch: Path) -> Path:
+    """A random Llama of 16 layers, wide enough for the ranks, with the embedded tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from fedtune.assets import MODEL_DIR
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(scratch / "model")
+    return scratch / "model"
+
+
 def measure_fold(args: argparse.Namespace) -> dict[str, object]:
     """Peak resident memory (VmHWM) of a process that folds scripted 5 MB replies."""
     peaks = {}
-    for clients in (10, 100):
+    for clients in map(int, args.clients.split(",")):
         words = [sys.executable, __file__, "--fold-clients", str(clients)]
         out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
         peaks[f"peak_mb_{clients}_clients"] = float(out.split()[-1])
@@ -159,7 +182,7 @@ def fold_peak_mb(clients: int) -> float:
     from fedtune.strategies import FedAvg
     from fedtune.strategies.shell import FedStrategy
     from fedtune.transport.grid import EagerGrid
-    from fedtune.transport.messages import RoundTask, pack
+    from fedtune.transport.messages import Member, RoundTask, pack
     from fedtune.transport.records import to_arrays
 
     params = {f"layer{i}.lora_A.weight": torch.randn(125, 1000) for i in range(10)}
@@ -169,17 +192,19 @@ def fold_peak_mb(clients: int) -> float:
 
     @app.train()
     def train(message, context):
-        metrics = {"num-examples": 8, "num-tokens": 100, "num-steps": 1, "train-loss": 1.0}
-        config = {"client": "c", "round": 1, "manifest": manifest.hash}
+        metrics = {"num-examples": 8, "num-tokens": 100, "num-steps": 1}
+        metrics |= {"train-loss": 1.0, "train-s": 0.0}
+        name = f"client-{message.metadata.dst_node_id}"
+        config = {"client": name, "round": 1, "manifest": manifest.hash}
         update = {name: value + 1 for name, value in params.items()}
         return Message(pack(arrays=update, metrics=metrics, config=config), reply_to=message)
 
     with task_identity(1, 1):
         inline = InlineGrid(app, clients)
-        nodes = {node: f"client-{node}" for node in inline.get_node_ids()}
-        strategy = FedStrategy(FedAvg(), manifest, nodes)
+        strategy = FedStrategy(FedAvg(), manifest)
+        strategy.members = [Member(node, f"client-{node}") for node in inline.get_node_ids()]
         task = RoundTask("run", 1, 1, 1, manifest.hash, 1, 0.0, True, 42)
-        strategy.tasks = dict.fromkeys(nodes.values(), task)
+        strategy.tasks = {member.name: task for member in strategy.members}
         messages = strategy.configure_train(1, to_arrays(params), ConfigRecord(), inline)
         arrays, _ = strategy.aggregate_train(1, EagerGrid(inline).send_and_receive(messages))
     assert arrays is not None

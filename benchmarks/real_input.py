@@ -20,7 +20,8 @@ from fedtune.report import load_summary
 
 COMMON = (
     "--num_clients 4 --num_rounds 10 --per_device_train_batch_size 8 --learning_rate 5e-3 "
-    "--eval_fraction 0.06 --per_device_eval_batch_size 16 --compare all"
+    "--lr_scheduler_type constant --warmup_steps 0 --eval_fraction 0.06 "
+    "--per_device_eval_batch_size 16 --compare all"
 )
 LORA = "--steps_per_round 20 --lora_r 8 --lora_target_modules all-linear --max_length 160"
 PROMPT = "--steps_per_round 20 --peft_method p_tuning --learning_rate 2e-2 --max_length 128"
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all cases, whole runs, three seeds")
     parser.add_argument("--only", help="comma-separated cases: " + ", ".join(CASES))
     parser.add_argument("--seeds", help="default: 1,2,3 with --full, else 1")
+    parser.add_argument("--extra", default="", help="more flags for every run, which win")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     if not (args.shared / "models" / "stories260k").is_dir():
@@ -55,7 +57,12 @@ def main() -> None:
     for name in names:
         directory = args.output_dir / (name if args.full else f"{name}-short")
         if not (directory / "summary.json").is_file():
-            run(name, args.shared, directory, f"--seeds {seeds}{'' if args.full else SHORT}")
+            run(
+                name,
+                args.shared,
+                directory,
+                f"--seeds {seeds}{'' if args.full else SHORT} {args.extra}",
+            )
         rows.append(row(name, directory))
     print_table(rows)
     if args.json:

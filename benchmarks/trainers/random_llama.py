@@ -24,8 +24,8 @@ import fedtune
 
 TINY = {
     "vocab_size": 256,
-    "hidden_size": 128,
-    "intermediate_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 256,
     "num_hidden_layers": 16,
     "num_attention_heads": 4,
 }
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def tiny_lora(config: LlamaConfig, megabytes: float) -> LoraConfig:
-    """Two square matrices a layer, as many ranks as the bytes need."""
+    """Two square matrices a layer, as many ranks as the bytes need: 80 for 5 MiB."""
     bytes_a_rank = config.num_hidden_layers * 2 * 2 * config.hidden_size * 4
     rank = max(1, round(megabytes * 2**20 / bytes_a_rank))
     return LoraConfig(r=rank, target_modules=["q_proj", "v_proj"])

@@ -73,6 +73,7 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
     Nothing is written or deleted in the output directory before model, data and Trainers stand;
     from then on summary and report are there however the run ends.
     """
+    from fedtune.compare.facts import versions
     from fedtune.dry_run import describe_run
     from fedtune.prepare import load_silos, prepare
     from fedtune.runs import facts_of, run_seeds
@@ -90,7 +91,7 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
     if not args.run.dry_run:
         check_free(directory)
         sources = sources_of(args)
-        output |= {"data": sources.data, "code": sources.code}
+        output |= {"data": sources.data, "code": {**sources.code, **versions()}}
         check_output_dir(**output)
     silos = load_silos(args)
     with TemporaryDirectory() as scratch:

@@ -131,7 +131,8 @@ def check_output_dir(
 
     Args:
         data: what the run reads, name to hash; a continued run must read the same.
-        code: the same of what decides its settings, which are compared themselves.
+        code: the same of what may change with a warning: the recipe, its YAML, whose settings are
+            compared themselves, and packages by version.
 
     Raises:
         ConfigError: it holds an earlier run and neither flag is given, `resume` finds no run or one

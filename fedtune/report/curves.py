@@ -78,7 +78,9 @@ def loss_curves(summary: Summary) -> list[Curve]:
     Local models and the control are drawn at the round they belong to, which is the federated x.
     """
     shared = _samples(summary.federated.mean)
-    curves = []
+    curves: list[Curve] = []
+    if not summary.rounds:  # a point is no curve
+        return curves
     for name, label in ARM_LABELS.items():
         arm = summary.arms.get(name)
         if arm is None or last(arm.mean.eval_loss) is None:
@@ -124,7 +126,9 @@ def gap_curves(summary: Summary) -> list[Curve]:
 def traffic_curves(summary: Summary) -> list[Curve]:
     """Cumulative MB on the wire, and what the same records would be without a codec (dashed)."""
     series = summary.federated.mean
-    curves = []
+    curves: list[Curve] = []
+    if not summary.rounds:
+        return curves
     for tone, label, wire, raw in (
         ("federated", "up", series.bytes_up, series.bytes_up_raw),
         ("violet", "down", series.bytes_down, series.bytes_down_raw),

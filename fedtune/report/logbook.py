@@ -55,6 +55,10 @@ def rounds_section(summary: Summary, rounds: Sequence[RoundRow], seed: str | Non
     return section("Rounds", note, split + table([*heads, "#MB up", "#MB down"], rows))
 
 
+def _tries(attempts: Sequence[int]) -> str:
+    return f"try {', '.join(map(str, attempts))}"
+
+
 def _number(row: RoundRow) -> str:
     return text.DASH if row.round is None else str(row.round)
 
@@ -87,14 +91,17 @@ def refused_section(rounds: Sequence[RoundRow]) -> str:
 
 
 def last_refused_section(summary: Summary) -> str:
-    """Who was refused in the round that ended the run."""
+    """Who was refused in the round that ended the run; a reason that came again is told once."""
+    tries: dict[tuple[str, str, str], list[int]] = {}
+    for number, refusal in last_refusals(summary):
+        tries.setdefault((number, refusal.who, refusal.reason), []).append(refusal.attempt)
     rows = [
         [
-            f"<td>{esc(number)}{_try(refusal.attempt)}</td>",
-            cell(refusal.who or text.DASH, "name"),
-            cell(refusal.reason or text.DASH, "long"),
+            f"<td>{esc(number)}{sub(_tries(attempts))}</td>",
+            cell(who or text.DASH, "name"),
+            cell(reason or text.DASH, "long"),
         ]
-        for number, refusal in last_refusals(summary)
+        for (number, who, reason), attempts in tries.items()
     ]
     if not rows:
         return ""

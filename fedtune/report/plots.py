@@ -244,7 +244,9 @@ def _end_labels(axes: Axes, curves: Sequence[Curve], y_text: Callable[[float], s
     """Name and final value right of each line, moved apart where they would touch."""
     ends = [(curve, value) for curve in curves if (value := last(curve.y)) is not None]
     if not ends:
-        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=SOFT)
+        axes.text(
+            0.5, 0.5, "no round was finished", transform=axes.transAxes, ha="center", color=SOFT
+        )
         return
     low, high = axes.get_ylim()
     box = axes.get_window_extent()
@@ -273,7 +275,7 @@ def _end_labels(axes: Axes, curves: Sequence[Curve], y_text: Callable[[float], s
 
 def _start_label(axes: Axes, summary: Summary) -> None:
     first = next(iter(summary.federated.mean.eval_loss), None)
-    if first is not None:
+    if first is not None and summary.rounds:
         axes.annotate(
             f"{summary.start} {text.loss(first)}",
             xy=(axes.get_xlim()[0], first),

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from fedtune.report import Summary, draw_compare, draw_loss, load_summary
+from fedtune.report import Summary, draw_compare, draw_loss, load_summary, render_report
 from fedtune.report.curves import compare_curves, gap_curves, loss_curves, traffic_curves
+from fedtune.report.plots import drawn
 from fedtune.report.svg import nice_ticks, spread_out
 from tests.report.made_up import made_up_summary, write_run
 
@@ -143,3 +149,68 @@ def test_labels_say_what_differs(tmp_path: Path):
     ]
     codecs = [label("x", codec="int8"), label("nf4", codec="nf4")]
     assert [c.label for c in compare_curves(codecs)] == ["x (int8)", "nf4"]
+
+
+def in_a_process(code: str, *words: str | Path, **env: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_that_is_not_there_does_not_matter(run_dir: Path):
+    """Notebooks name theirs in the environment of what they start."""
+    code = """
+import os, sys
+from pathlib import Path
+from fedtune.report import draw_loss, load_summary
+directory = Path(sys.argv[1])
+draw_loss(load_summary(directory), directory / "loss.png")
+assert os.environ["MPLBACKEND"] == sys.argv[2]
+"""
+    in_a_process(code, run_dir, "module://no.such.backend", MPLBACKEND="module://no.such.backend")
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(run_dir: Path):
+    """`fedtune plot` without matplotlib: the report is there, the earlier picture stays."""
+    (run_dir / "loss.png").write_text("earlier")
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+from fedtune.cli import main
+assert main(["plot", sys.argv[1]]) == 0
+"""
+    in_a_process(code, run_dir)
+    assert (run_dir / "report.html").is_file()
+    assert (run_dir / "loss.png").read_text() == "earlier"
+
+
+def test_half_a_picture_is_none(run_dir: Path, caplog: pytest.LogCaptureFixture):
+    """A disk that is full."""
+
+    def full(figure: Figure, file: Path, **_: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with mock.patch.object(Figure, "savefig", full):
+        assert drawn(draw_loss, load_summary(run_dir), run_dir / "loss.png") is None
+    assert "loss.png could not be drawn: No space left on device" in caplog.text
+    assert not [path for path in run_dir.iterdir() if path.name.endswith((".png", ".tmp"))]
+
+
+def test_before_a_round_is_scored_there_is_no_curve(tmp_path: Path):
+    summary = made_up_summary(rounds=0)
+    ended = {"status": "failed", "where": "in round 1 of 10", "reason": "round 1 failed 3 times: x"}
+    directory = write_run(tmp_path / "run", {**summary, **ended}, [])
+    loaded = load_summary(directory)
+    assert loss_curves(loaded) == traffic_curves(loaded) == []
+    draw_loss(loaded, directory / "loss.png")
+    nothing = {**summary, **ended, "arms": {}, "verdict": {}}
+    loaded = load_summary(write_run(tmp_path / "nothing", nothing, []))
+    draw_loss(loaded, tmp_path / "loss.png")
+    assert "Failed in round 1 of 10: x." in render_report(tmp_path / "nothing")

@@ -38,7 +38,7 @@ def check_tokens(rows: Dataset, model: Any, tokenizer: Any, ids_of: IdsOf) -> No
     check = partial(_faults, ids_of=ids_of, tokenizer=tokenizer, limit=sizes.embeddings)
     bad = bad_rows(rows, check)
     if bad is not None:
-        raise _too_many(sizes, f"{bad.where} uses {bad.received}")
+        raise _too_many(sizes, f"{bad.where} use{'s' if bad.total == 1 else ''} {bad.received}")
     _check_padding(sizes, tokenizer)
 
 

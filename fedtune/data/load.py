@@ -9,7 +9,7 @@ from datasets import Dataset, load_dataset
 
 from fedtune.config import DataArguments
 from fedtune.data.files import READERS, first_line, not_empty, quiet, read_file
-from fedtune.data.origin import mark, select
+from fedtune.data.origin import first_rows, mark, select
 from fedtune.errors import ConfigError, DataError
 
 __all__ = ["hold_out", "load_rows", "load_split"]
@@ -55,7 +55,7 @@ def load_rows(data: DataArguments) -> Dataset:
         from fedtune.assets import CORPUS_FILE
 
         rows = read_file(CORPUS_FILE, "the corpus inside the package")
-    return rows if data.max_rows is None else select(rows, range(min(data.max_rows, len(rows))))
+    return rows if data.max_rows is None else first_rows(rows, data.max_rows)
 
 
 def hold_out(rows: Dataset, fraction: float, *, data_seed: int) -> tuple[Dataset, Dataset]:

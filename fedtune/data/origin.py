@@ -19,6 +19,7 @@ __all__ = [
     "Faults",
     "bad_rows",
     "derive",
+    "first_rows",
     "mark",
     "origin_of",
     "row_name",
@@ -77,6 +78,13 @@ class Origin:
 def mark(rows: Dataset, name: str, lines: Sequence[int] | None = None) -> Dataset:
     """`rows` as all rows of a source; `lines` has the line of each."""
     return _attach(rows, Source(name, lines), range(len(rows)), None)
+
+
+def first_rows(rows: Dataset, count: int) -> Dataset:
+    """The first rows of a source, as if it had no others."""
+    origin = origin_of(rows)
+    numbers = range(min(count, len(rows)))
+    return _attach(rows.select(numbers, keep_in_memory=True), origin.source, numbers, None)
 
 
 def origin_of(rows: Dataset) -> Origin:

@@ -55,7 +55,7 @@ def test_a_row_that_uses_such_a_token_is_named(kind, grown):
     with pytest.raises(DataError) as caught:
         check_row_lengths(rows, model_of(), grown, None, "rows")
     assert str(caught.value) == (
-        "the tokenizer has 261 tokens, the model 259 embeddings; row 3 of here and 1 more row uses "
+        "the tokenizer has 261 tokens, the model 259 embeddings; row 3 of here and 1 more row use "
         "token 260 `invoice`. Fix: resize the model (model.resize_token_embeddings) and save it, "
         "or use its own tokenizer."
     )
@@ -71,7 +71,7 @@ def test_rows_without_such_a_token_are_good(kind, grown):
 
 def test_classification_rows_are_looked_at(grown):
     rows = mark(Dataset.from_dict({"text": TEXTS, "labels": [0, 1, 0, 1, 0]}), "here")
-    with pytest.raises(DataError, match="row 3 of here and 1 more row uses token 260 `invoice`"):
+    with pytest.raises(DataError, match="row 3 of here and 1 more row use token 260 `invoice`"):
         check_row_lengths(rows, model_of(), grown, None, "rows")
 
 

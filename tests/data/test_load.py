@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from fedtune.config import DataArguments
 from fedtune.data import hold_out, load_rows, load_split, make_silos
+from fedtune.data.origin import origin_of, row_name
 from fedtune.errors import ConfigError, DataError
 
 ROWS = [
@@ -58,7 +59,10 @@ def test_default_is_the_corpus_inside_the_package():
 
 def test_max_rows_keeps_the_first(tmp_path):
     name = write(tmp_path / "rows.jsonl", ROWS)
-    assert load_rows(DataArguments(train_file=name, max_rows=2)).to_list() == ROWS[:2]
+    first = load_rows(DataArguments(train_file=name, max_rows=2))
+    assert first.to_list() == ROWS[:2]
+    assert origin_of(first).whole().to_list() == ROWS[:2]  # others are not counted as bad
+    assert row_name(first, 1) == "row 2 (line 2 of rows.jsonl)"
     assert len(load_rows(DataArguments(train_file=name, max_rows=99))) == 3
 
 

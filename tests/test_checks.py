@@ -249,3 +249,39 @@ def test_a_rule_that_needs_more_clients():
     assert "received 3" in message("--strategy krum --num_clients 6 --fraction_train 0.5")
     check("--strategy krum --num_clients 5")
     check("--strategy krum --strategy_args f=0 --num_clients 3")
+
+
+@pytest.mark.parametrize("name", ["adamw", "radam", "sgd"])
+def test_schedule_free_optimizers_are_refused(name):
+    text = message(f"--optim schedule_free_{name}")
+    assert f"--optim schedule_free_{name}: it keeps weights of its own" in text
+    assert "Use adamw_torch" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"]
+)
+def test_optimizers_inside_of_the_backward_pass_are_refused(name):
+    assert f"--optim {name}: it steps inside of the backward pass" in message(f"--optim {name}")
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_follow_a_metric_are_refused_in_one_line(name, tmp_path):
+    """HuggingFace's own words ask for an eval strategy, which the federation owns."""
+    said = message(f"--lr_scheduler_type {name}")
+    assert f"--lr_scheduler_type {name}: it follows the Trainer's own evaluation" in said
+    assert "Use linear, cosine or constant" in said
+    file = tmp_path / "run.yaml"
+    file.write_text(f"lr_scheduler_type: {name}\n")
+    assert message(f"--config {file}") == said
+
+
+def test_other_optimizers_and_schedules_stay():
+    for text in ("--optim adafactor", "--optim sgd", "--lr_scheduler_type cosine_with_restarts"):
+        check(text)
+
+
+def test_sequential_rows_do_not_begin_anew():
+    text = "--train_sampling_strategy sequential"
+    check(text)
+    assert "begin with the same rows" in message(f"{text} --client_state reset")

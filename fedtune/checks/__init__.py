@@ -18,6 +18,7 @@ from fedtune.checks.run import (
     engine,
     min_replies,
     one_budget,
+    order,
     output,
     seeds,
     track,
@@ -45,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     of_method(strategy, lora_rule, error_feedback),
     delays,
     engine,
+    order,
     output,
 )
 

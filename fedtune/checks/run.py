@@ -16,6 +16,7 @@ __all__ = [
     "engine",
     "min_replies",
     "one_budget",
+    "order",
     "output",
     "seeds",
     "track",
@@ -102,6 +103,17 @@ def delays(args: Arguments) -> str | None:
         return (
             f"--client_delays: expected {fed.num_clients} numbers >= 0, one per client, received "
             f"{fed.client_delays}."
+        )
+    return None
+
+
+def order(args: Arguments) -> str | None:
+    """Rounds that begin anew begin with other rows."""
+    strategy = getattr(args.training, "train_sampling_strategy", "random")
+    if args.federation.client_state == "reset" and strategy == "sequential":
+        return (
+            "--train_sampling_strategy sequential with --client_state reset: every round would "
+            "begin with the same rows. Use --client_state carry."
         )
     return None
 

@@ -26,7 +26,7 @@ from fedtune.errors import ConfigError, ManifestError
 from fedtune.strategies.base import Correction
 from fedtune.transport.messages import EvaluateTask, RoundTask
 
-__all__ = ["ClientRound", "Outgoing", "completed", "refuse_fp16", "remembers"]
+__all__ = ["ClientRound", "Outgoing", "completed", "refuse_fp16", "refuse_own_weights", "remembers"]
 
 
 class Outgoing(NamedTuple):
@@ -59,8 +59,10 @@ class ClientRound:
         """Before the first step, with the parameters in place.
 
         Raises:
-            ConfigError: the training is sharded, and the method needs whole tensors.
+            ConfigError: the training is sharded, and the method needs whole tensors; or the
+                optimizer has weights of its own.
         """
+        refuse_own_weights(optimizer)
         live = trainable_tensors(model, "default")
         still = {*self._task.frozen, *self._manifest.static}
         self._still = {name: tensor for name, tensor in live.items() if name in still}
@@ -138,6 +140,17 @@ def refuse_fp16(task: RoundTask, args: Any) -> None:
         raise ConfigError(
             "--strategy scaffold: expected every step to be taken, received --fp16, whose loss "
             "scaler leaves some out. Use --bf16."
+        )
+
+
+def refuse_own_weights(optimizer: Any) -> None:
+    """Raises ConfigError for a schedule-free optimizer, whatever made it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
+        raise ConfigError(
+            f"optimizer: expected one that trains the model's weights, received "
+            f"{type(inner).__name__}, which keeps weights of its own that no round would send. Use "
+            "adamw_torch."
         )
 
 

@@ -47,8 +47,8 @@ def check_loader(trainer: Trainer, client: str) -> None:
         return
     args = trainer.args
     raise ConfigError(
-        f"{client}: expected at least one batch to train on, received {len(rows)} rows in its "
-        f"Trainer, per_device_train_batch_size {args.per_device_train_batch_size} and "
+        f"{client}: expected at least one batch to train on, received {len(rows)} row(s) in "
+        f"its Trainer, per_device_train_batch_size {args.per_device_train_batch_size} and "
         f"dataloader_drop_last {args.dataloader_drop_last}. Give it more rows, or change one of "
         "the two."
     )

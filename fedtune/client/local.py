@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 MEMORY = "memory"  # in a client's directory: what its method keeps
+BY_METRIC = ("ReduceLROnPlateau", "GreedyLR")  # schedules that step by a metric
 NO_QUALITY = (
     *("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy"),
     *("_min_reward", "_max_reward"),  # of a batch, so of its size
@@ -217,7 +218,7 @@ class _RoundCallback(TrainerCallback):
 
 def set_lr_position(scheduler: LRScheduler, step: int) -> None:
     """Put a step-based schedule at `step`; one that follows a metric is left alone."""
-    if isinstance(scheduler, ReduceLROnPlateau) or scheduler.last_epoch == step:
+    if type(scheduler).__name__ in BY_METRIC or scheduler.last_epoch == step:
         return
     scheduler.last_epoch = step - 1
     scheduler.step()

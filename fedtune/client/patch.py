@@ -23,6 +23,7 @@ from fedtune.client.options import Options
 from fedtune.client.participant import Participant
 from fedtune.client.ranks import Ranks
 from fedtune.client.session import Session
+from fedtune.client.site_checks import check_trainer
 from fedtune.client.undisturbed import same_rng
 from fedtune.data.embeddings import check_trainer_tokens
 from fedtune.errors import ConfigError, FedtuneError
@@ -199,7 +200,7 @@ def _shared_plan(ranks: Ranks, plan: SitePlan | None) -> SitePlan | None:
 
 def _prepare(trainer: Trainer, plan: SitePlan, options: Options) -> int:
     """Set the whole run's steps before the LR schedule is made; returns those of a round."""
-    _check(trainer)
+    check_trainer(trainer, options)
     check_loader(trainer, plan.client)
     check_trainer_tokens(trainer)
     steps = _steps_per_round(trainer, plan, options)
@@ -247,43 +248,3 @@ def _steps_per_round(trainer: Trainer, plan: SitePlan, options: Options) -> int:
 
 def _words(steps: int, epochs: float) -> str:
     return f"{steps} steps" if steps else f"{epochs:g} epochs" if epochs else "nothing"
-
-
-def _check(trainer: Trainer) -> None:
-    """Raises ConfigError for what cannot be trained in rounds."""
-    problem = _problem(trainer)
-    if problem:
-        raise ConfigError(f"patch: {problem}")
-
-
-def _problem(trainer: Trainer) -> str:
-    if trainer.is_deepspeed_enabled:
-        return (
-            "expected no DeepSpeed, received a trainer with it; its engine owns parameters and "
-            "optimizer. Use DDP or FSDP2."
-        )
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if trainer.is_fsdp_xla_enabled or (
-        trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 1
-    ):
-        return (
-            "expected DDP or FSDP2, received FSDP1, which flattens parameters. Set fsdp_version 2 "
-            "in fsdp_config."
-        )
-    if trainer.lr_scheduler is not None and not trainer._created_lr_scheduler:
-        return (
-            "expected a schedule that the Trainer makes, received one in optimizers=(...), whose "
-            "curve cannot be planned for all rounds. Use --lr_scheduler_type."
-        )
-    if trainer.args.auto_find_batch_size:
-        return (
-            "expected a fixed batch size, received auto_find_batch_size, which starts training "
-            "again within a round. Set per_device_train_batch_size."
-        )
-    has_reference = "ref" in getattr(model_of(trainer), "peft_config", {})
-    if has_reference and getattr(trainer, "precompute_ref_logps", False):
-        return (
-            "expected DPO without precompute_ref_log_probs, received it: the reference is the "
-            "run's first adapter, not this site's. Turn it off, or give peft_config=."
-        )
-    return ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-__all__ = ["DEFAULTS", "OWNED", "defaults_for"]
+__all__ = ["DEFAULTS", "OWNED", "defaults_for", "refused_value"]
 
 _ROUNDS = "use --num_rounds with --steps_per_round or --epochs_per_round"
 _SCORED = "the global model is scored before training and after every round; use --steps_per_round"
@@ -43,6 +44,38 @@ OWNED: dict[str, str] = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
 }
+
+
+_OWN_WEIGHTS = "it keeps weights of its own, which no round would send. Use adamw_torch"
+_INSIDE = (
+    "it steps inside of the backward pass, where a round can neither correct nor keep it. Use "
+    "adamw_torch, or an 8-bit one"
+)
+_METRIC = (
+    "it follows the Trainer's own evaluation, and here the global model is scored. Use linear, "
+    "cosine or constant"
+)
+
+# Values of settings by pattern, and why they cannot be taken.
+_REFUSED = {
+    "optim": {
+        "schedule_free_*": _OWN_WEIGHTS,
+        "lomo": _INSIDE,
+        "adalomo": _INSIDE,
+        "*_layerwise": _INSIDE,
+    },
+    "lr_scheduler_type": {"reduce_lr_on_plateau": _METRIC, "greedy": _METRIC},
+}
+
+
+def refused_value(given: Mapping[str, Any], names: Collection[str] = tuple(_REFUSED)) -> str | None:
+    """Why a value of one of the settings `names` cannot be taken, or None."""
+    for name in names:
+        value = str(getattr(given.get(name), "value", given.get(name)))
+        for pattern, why in _REFUSED[name].items():
+            if fnmatch(value, pattern):
+                return f"--{name} {value}: {why}."
+    return None
 
 
 class Default(NamedTuple):

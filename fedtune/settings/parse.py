@@ -17,7 +17,7 @@ from fedtune.config import Arguments
 from fedtune.errors import ConfigError
 from fedtune.lists import split_ints
 from fedtune.nearest import nearest
-from fedtune.settings.hf_settings import defaults_for
+from fedtune.settings.hf_settings import defaults_for, refused_value
 from fedtune.settings.parser import (
     GROUPS,
     Parser,
@@ -182,6 +182,8 @@ def _build(training_class: type, given: Mapping[str, Any], recipe: str) -> Argum
     training = {"output_dir": _new_output_dir(recipe), **defaults, **training}
     if groups["run"].seeds is not None:
         training["seed"] = split_ints(groups["run"].seeds, "--seeds")[0]
+    if problem := refused_value(training):
+        raise ConfigError(problem)
     try:
         return Arguments(**groups, training=training_class(**training))
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:

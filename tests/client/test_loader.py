@@ -47,7 +47,7 @@ def test_a_loader_has_a_batch(tmp_path: Path, rows: int, drop_last: bool, batche
             check_loader(given, "site-a")
         for words in (
             "site-a",
-            f"{rows} rows",
+            f"{rows} row(s)",
             "per_device_train_batch_size 2",
             f"drop_last {drop_last}",
         ):

@@ -148,6 +148,66 @@ def test_what_cannot_be_trained_in_rounds(run: RunFolder, tmp_path: Path) -> Non
     assert "train" not in vars(trainer)
 
 
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({"optim": "schedule_free_adamw"}, {}, "--optim schedule_free_adamw: it keeps weights"),
+        ({"optim": "lomo"}, {}, "--optim lomo: it steps inside"),
+        (
+            {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 2},
+            {"restart_lr": True},
+            "restart_lr restarts schedules of",
+        ),
+    ],
+)
+def test_what_rounds_cannot_train_is_refused(
+    run: RunFolder, tmp_path: Path, settings: dict[str, Any], options: dict[str, bool], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"patch: {said}"):
+        fedtune.patch(small_trainer(tmp_path, **settings), **options)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Made by the script itself, so that no flag names it."""
+
+    def train(self) -> None:
+        """To the weights that are trained."""
+
+    def eval(self) -> None:
+        """To those that are meant."""
+
+
+def test_an_optimizer_with_weights_of_its_own_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = ScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    given = {"args": training_arguments(tmp_path), "train_dataset": small_rows()}
+    with pytest.raises(ConfigError, match="received ScheduleFree, which keeps weights"):
+        fedtune.patch(Trainer(model=model, **given, optimizers=(optimizer, None)))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+@pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
+def test_what_a_restart_would_lose_is_said(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, strategy: str
+) -> None:
+    trainer = small_trainer(tmp_path, save_strategy=strategy, **{name: True})
+    fedtune.unpatch(fedtune.patch(trainer))
+    said = [
+        r.message
+        for r in caplog.records
+        if f"{name} is set: when this script is started" in r.message
+    ]
+    assert len(said) == (strategy == "steps")
+
+
+def test_a_script_without_a_batch_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, rows=1, dataloader_drop_last=True)
+    with pytest.raises(
+        ConfigError, match="expected at least one batch to train on, received 1 row"
+    ):
+        fedtune.patch(trainer)
+
+
 def test_a_schedule_of_ones_own_is_refused_an_optimizer_is_not(
     run: RunFolder, tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ def ragged(rows: int) -> Any:
 
 
 CASES: dict[str, tuple[type[Recorded], dict[str, Any], dict[str, Any]]] = {
-    "default": (Recorded, {}, {}),
+    "default": (Recorded, {}, {"data_collator": longer}),
     "group_by_length": (
         Recorded,
         {"train_sampling_strategy": "group_by_length"},
@@ -179,3 +179,31 @@ def test_rounds_see_what_one_train_sees(tmp_path: Path, case: str, accumulation:
     )
     assert seen == expected
     assert same_tensors(params, plain)
+
+
+@pytest.mark.parametrize("case", ["default", "group_by_length", "batch_rebalance"])
+def test_reset_rounds_begin_with_other_rows(tmp_path: Path, case: str) -> None:
+    """Of 7 batches a round takes 2: no two rounds see the same ones, and a second run the same."""
+    kind, settings, parts = CASES[case]
+    first: list[Seen] = []
+    for name in ("one", "two"):
+        seen: Seen = []
+
+        def build(args: Any, model: Any, *rows: Any, seen: Seen = seen) -> Trainer:
+            return kind(
+                seen,
+                model=model,
+                args=args.training,
+                train_dataset=ragged(13),
+                eval_dataset=rows[2],
+                **parts,
+            )
+
+        worker = small_worker(tmp_path / name, build_trainer=build, **settings)
+        run_small(worker, num_rounds=3, steps=2, carry=False)
+        first.append(seen)
+    one, two = first
+    assert one == two
+    rounds = [str(one[:2]), str(one[2:4]), str(one[4:])]
+    assert len(one) == 6
+    assert len(set(rounds)) == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import Trainer
 from fedtune.adapters import load, load_exported
 from fedtune.client.worker import Worker
 from fedtune.compare.arms import ArmInput, run_arm
+from fedtune.compare.facts import Facts
 from fedtune.compare.own_rows import OwnRows
 from fedtune.compare.series import of_history
 from fedtune.compare.summary import build_summary
@@ -82,17 +83,14 @@ def run(directory: Path, batch: int, strategy: str = "fedavg") -> tuple[Worker, 
     results: dict[str, Any] = {"federated": federated}
     results |= {name: run_arm(name, given) for name in ARMS}
     results["federated"]["own"] = own_scores(args, worker, state, own)
-    summary = build_summary(
-        args.federation,
-        args.transport,
-        [results],
+    facts = Facts(
+        config={"federation": asdict(args.federation), "transport": asdict(args.transport)},
         seeds=[42],
         clients=[{"client": client} for client in rows],
-        model_bytes=0,
-        config={},
         base_loss=base_loss,
         own_rows={client: len(part) for client, part in OWN.items()},
     )
+    summary = build_summary(facts, [results])
     return worker, {"summary": summary, "state": state, "directory": directory / "arms"}
 
 

@@ -91,7 +91,7 @@ class _Marks(TrainerCallback):
         self._found: dict[str, float] = {}
         self._rows = 0
         self._started = 0.0
-        self._losses: list[float] = []
+        self._read_loss, self._read_step = 0.0, 0
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,17 +114,6 @@ class _Marks(TrainerCallback):
             control.should_training_stop = len(self._due(state)) == len(self._marks)
         return control
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            self._losses.append(float(logs["loss"]))
-
     def on_evaluate(
         self,
         args: Any,
@@ -142,8 +131,10 @@ class _Marks(TrainerCallback):
         set_rng(self._rng)
         self._rng = None
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
-        train_loss = sum(self._losses) / len(self._losses) if self._losses else None
-        self._losses = []
+        # Not from the log, whose values are means over spans of unequal length.
+        steps, loss = state.global_step - self._read_step, self._counter.loss
+        train_loss = (loss - self._read_loss) / steps
+        self._read_loss, self._read_step = loss, state.global_step
         for _ in self._due(state):
             self._marks.pop(0)
             number = len(self._run.history)

@@ -12,9 +12,9 @@ Over several processes the rows that a sampler repeats to fill the last batch do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,17 +35,22 @@ TOKEN_MEANS = ("mean_token_accuracy", "entropy")  # of trl's, which others are m
 class SetScore:
     """One held-out set: its mean loss over `tokens` label tokens, or over `rows` where it has none.
 
-    `loss` is None where the Trainer reported none.
+    `loss` is None where the Trainer reported none. `means` are trl's, such as its accuracy.
     """
 
     loss: float | None
     rows: int
     tokens: int
+    means: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
         """What the mean is over."""
         return self.tokens or self.rows
+
+    def weight_of(self, mean: str) -> int:
+        """What one of trl's means is over."""
+        return self.weight if mean in TOKEN_MEANS else self.rows
 
 
 class PerToken:
@@ -94,8 +99,12 @@ class PerToken:
         losses = [(one.loss, one.weight) for one in sets.values() if one.loss is not None]
         if prefixes == ["eval"] or not losses:
             return Score(dict(metrics), size)
-        mean = sum(loss * weight for loss, weight in losses) / sum(weight for _, weight in losses)
-        return Score({**metrics, "eval_loss": mean}, size, sizes)
+        # trl names its means the same for every set, so that only those of the last are left.
+        means = {
+            f"eval_{key}": _mean((one.means[key], one.weight_of(key)) for one in sets.values())
+            for key in set.intersection(*(set(one.means) for one in sets.values()))
+        }
+        return Score({**metrics, **means, "eval_loss": _mean(losses)}, size, sizes)
 
 
 class _Batches:
@@ -108,6 +117,7 @@ class _Batches:
         self._losses: list[Tensor] = []
         self._labelled = True
         self._logged: dict[str, list[float]] = {}
+        self._means: dict[str, float] = {}
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -145,13 +155,14 @@ class _Batches:
         rows, weights = self._sums(self.rows).sum(), self._weights
         tokens = int(weights.sum()) if self._labelled else 0
         if len(self._losses) != len(self.rows):
-            return SetScore(None, int(rows), tokens)
+            return SetScore(None, int(rows), tokens, self._means)
         own = torch.stack(self._losses).cpu().double()
         mine = self._own_weights
         # A batch without labels has no loss: 0 / 0 in one Trainer, 0 in another.
         total = self._sums(torch.where(mine > 0, own * mine, 0.0)).sum()
         whole = float(weights.sum())
-        return SetScore(float(total) / whole if whole else math.nan, int(rows), tokens)
+        mean = float(total) / whole if whole else math.nan
+        return SetScore(mean, int(rows), tokens, self._means)
 
     @property
     def _own_weights(self) -> Tensor:
@@ -214,7 +225,14 @@ class _Batches:
             by_tokens = self._labelled and key in TOKEN_MEANS
             weights = self._weights if by_tokens else self._sums(self.rows)
             total = (torch.tensor(values, dtype=torch.float64) * weights).sum()
-            shown[key][:] = [float(total / weights.sum())] if weights.sum() else values
+            if weights.sum():
+                self._means[key] = float(total / weights.sum())
+                shown[key][:] = [self._means[key]]
+
+
+def _mean(weighted: Iterable[tuple[float, int]]) -> float:
+    values = list(weighted)
+    return sum(v * weight for v, weight in values) / sum(weight for _, weight in values)
 
 
 def _labels(inputs: Any) -> Tensor | None:

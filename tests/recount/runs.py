@@ -72,7 +72,6 @@ class Setting:
     extras: int = 0  # control variates and the like: as many values again, up and down
     only_last: bool = False  # what is scored is more than what a client trains in a round
     wide: bool = False  # a client may have lower ranks than the live adapter
-    slow: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:

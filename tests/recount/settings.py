@@ -8,6 +8,12 @@ POOLED = "centralized,centralized_large_batch"
 
 ONE = f"{POOLED},parity"
 
+# One of each kind in less than a minute; the others are slow.
+FAST = (
+    *("plain", "rows dropped", "packed and padded", "several sets", "p-tuning of texts"),
+    *("one client, short epochs", "messages", "classification", "by examples"),
+)
+
 SETTINGS = [
     Setting("plain", arms=ALL),
     Setting("one client", arms=f"{POOLED},parity", sizes=(1,), rounds=3),
@@ -22,7 +28,7 @@ SETTINGS = [
     Setting(
         "accumulation with a remainder", accumulation=3, steps=0, epochs=1, batch=2, arms=POOLED
     ),
-    Setting("rows dropped", max_length=24, steps=3, arms=ALL),
+    Setting("rows dropped", max_length=24, steps=3, arms="centralized"),
     Setting("one client, rows dropped", max_length=24, sizes=(1,), arms="centralized"),
     Setting("rows cut", kind="text", max_length=16, arms=POOLED),
     Setting("unequal clients", sizes=(5, 1), steps=0, epochs=1, arms=f"{POOLED},local"),
@@ -87,7 +93,7 @@ SETTINGS = [
     Setting("ffa", flags="--strategy ffa_lora", mean=False, only_last=True),
     Setting("rolora", flags="--strategy rolora", mean=False, only_last=True, wide=True),
     Setting("flora", flags="--strategy flora", mean=False, only_last=True, wide=True),
-    Setting("one client, short epochs", sizes=(1,), train=22, steps=4, rounds=3, arms=ONE),
+    Setting("one client, short epochs", sizes=(1,), train=22, steps=4, rounds=3, arms=POOLED),
     Setting(
         "one client, accumulation",
         sizes=(1,),
@@ -127,8 +133,8 @@ SETTINGS = [
         "one client, epochs, dropped", sizes=(1,), max_length=24, steps=0, epochs=1.5, arms=ONE
     ),
     Setting("label smoothing", smoothing=0.1, arms="local"),
-    Setting("flower", engine="flower", arms="centralized", slow=True),
-    Setting("flower, several sets", engine="flower", recipe="several_sets", slow=True),
+    Setting("flower", engine="flower", arms="centralized"),
+    Setting("flower, several sets", engine="flower", recipe="several_sets"),
     Setting(
         "flower, unequal epochs",
         engine="flower",
@@ -139,7 +145,6 @@ SETTINGS = [
         accumulation=2,
         max_length=24,
         arms=POOLED,
-        slow=True,
     ),
     Setting(
         "flower, packed",
@@ -148,6 +153,5 @@ SETTINGS = [
         max_length=96,
         packed=True,
         weight_by="examples",
-        slow=True,
     ),
 ]

@@ -11,12 +11,15 @@ from tests.recount.check_federated import check_federated
 from tests.recount.check_verdict import check_verdict
 from tests.recount.recount import Recount
 from tests.recount.runs import Run, run
-from tests.recount.settings import SETTINGS
+from tests.recount.settings import FAST, SETTINGS
 
 
 @pytest.mark.parametrize(
     "setting",
-    [pytest.param(s, id=s.name, marks=[pytest.mark.slow] * s.slow) for s in SETTINGS],
+    [
+        pytest.param(s, id=s.name, marks=[] if s.name in FAST else pytest.mark.slow)
+        for s in SETTINGS
+    ],
 )
 def test_every_figure_is_what_was_seen(setting, tmp_path: Path) -> None:
     done = run(setting, tmp_path / "run")

@@ -26,7 +26,6 @@ num_clients: 2
 num_rounds: 2
 per_device_train_batch_size: 4
 per_device_eval_batch_size: 3
-learning_rate: 1e-2
 lr_scheduler_type: linear
 lora_r: 4
 lora_alpha: 8
@@ -88,6 +87,7 @@ class Setting:
             "--fraction_train": self.fraction,
             "--weight_by": self.weight_by,
             "--engine": self.engine,
+            "--learning_rate": 1e-2,  # a flag: an adapter of another kind has a rate of its own
             "--seeds": ",".join(map(str, self.seeds)),
         }
         words = [word for pair in given.items() for word in pair] + budget

@@ -8,10 +8,13 @@ POOLED = "centralized,centralized_large_batch"
 
 ONE = f"{POOLED},parity"
 
+# Chat rows are trained on the question too.
+OPEN = ("messages",)
+
 # One of each kind in less than a minute; the others are slow.
 FAST = (
     *("plain", "rows dropped", "packed and padded", "several sets", "p-tuning of texts"),
-    *("one client, short epochs", "messages", "classification", "by examples"),
+    *("one client, short epochs", "classification", "by examples"),
 )
 
 SETTINGS = [
@@ -44,13 +47,9 @@ SETTINGS = [
         arms=f"{POOLED},parity",
     ),
     Setting("drop last", drop_last=True, steps=0, epochs=1, train=22, arms=POOLED),
-    Setting("several sets", recipe="several_sets", arms="centralized,local"),
+    Setting("several sets", recipe="several_sets", arms="centralized"),
     Setting("messages", kind="messages", arms="centralized"),
-    Setting("conversational", kind="conversational", arms="centralized"),
-    Setting("sharegpt", kind="sharegpt", arms="centralized"),
-    Setting(
-        "classification", kind="labels", recipe="seq_cls_lora", train=36, arms="centralized,local"
-    ),
+    Setting("classification", kind="labels", recipe="seq_cls_lora", train=36, arms="centralized"),
     Setting(
         "p-tuning",
         kind="sentiment",
@@ -93,7 +92,7 @@ SETTINGS = [
     Setting("ffa", flags="--strategy ffa_lora", mean=False, only_last=True),
     Setting("rolora", flags="--strategy rolora", mean=False, only_last=True, wide=True),
     Setting("flora", flags="--strategy flora", mean=False, only_last=True, wide=True),
-    Setting("one client, short epochs", sizes=(1,), train=22, steps=4, rounds=3, arms=POOLED),
+    Setting("one client, short epochs", sizes=(1,), train=22, steps=4, arms="centralized"),
     Setting(
         "one client, accumulation",
         sizes=(1,),

@@ -16,7 +16,7 @@ from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import AttemptHook, Plan, RoundHook, run_rounds
 from fedtune.strategies import Method
-from fedtune.strategies.agreement import check_variants
+from fedtune.strategies.agreement import check_manifest
 from fedtune.strategies.registry import name_of
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import one_line
@@ -203,7 +203,7 @@ def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState
         problem = one_line(reply.error.reason) if reply else "it has left"
         raise RoundError(f"{member.name} could not give its adapter: {problem}")
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
-    check_variants(f"--strategy {name_of(run.method)}", run.method.properties, [*manifest.entries])
+    check_manifest(f"--strategy {name_of(run.method)}", run.method.properties, manifest)
     run.codec.check_use(manifest.entries)
     if run.init_adapter is not None:
         params, static = load_init_adapter(run.init_adapter, manifest)

@@ -10,12 +10,14 @@ from torch import Tensor
 from fedtune.adapters import Entry, Manifest
 from fedtune.errors import ConfigError, ManifestError
 from fedtune.strategies.base import Properties
+from fedtune.strategies.lora.configs import why_not_config
 from fedtune.strategies.lora.manifests import like, ranks_of
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b, lora_modules, variants
 from fedtune.strategies.registry import for_mixed_ranks
 
 __all__ = [
     "check_agreement",
+    "check_manifest",
     "check_ranks",
     "check_reference",
     "check_variants",
@@ -24,6 +26,26 @@ __all__ = [
 
 MOST_RANK = 64  # that a client may have even in a smaller layer
 DORA = "a DoRA weight is normalised, so a product of factors is not what it adds"
+
+
+def check_manifest(method: str, properties: Properties, manifest: Manifest) -> None:
+    """Refuse an adapter that the method is not right for, before anything is trained.
+
+    Raises:
+        ConfigError: by its tensors, by PEFT's options, or a convolution where factors are needed.
+    """
+    check_variants(method, properties, [*manifest.entries])
+    reason = why_not_config(properties, manifest.adapter_config)
+    if reason is not None:
+        raise ConfigError(f"{method}: expected plain LoRA, received {reason}. Use fedavg or fedit.")
+    needs_matrices = properties.changes_base or properties.refactors or properties.mixed_ranks
+    for name, entry in manifest.entries.items():
+        factor = is_lora_a(name) or is_lora_b(name)
+        if properties.variants is not None and needs_matrices and factor and len(entry.shape) != 2:
+            raise ConfigError(
+                f"{method}: expected matrices (Linear, Conv1D, Embedding), received `{name}` with "
+                f"{len(entry.shape)} dimensions. Use fedit for convolutions."
+            )
 
 
 def check_variants(method: str, properties: Properties, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.strategies.base import ClientStats, Method, Round
+from fedtune.strategies.lora.configs import has_products
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b
 from fedtune.strategies.mean import RunningMean
 from fedtune.strategies.residuals import Certificate
@@ -76,6 +77,8 @@ def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
     """Whether the residuals of a round are worth keeping its factors, and can be known."""
     entries = manifest.entries
     if not all(map(method.travels, entries)):  # the server never sees what stays with clients
+        return False
+    if not has_products(manifest.adapter_config):
         return False
     lora = [name for name in entries if is_lora_a(name) or is_lora_b(name)]
     values = clients * sum(math.prod(entries[name].shape) for name in lora)

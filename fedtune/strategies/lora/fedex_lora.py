@@ -11,6 +11,8 @@ them is minus the others' sum, and K - 1 terms suffice:
 memory: clients x adapter; every client receives the residual. Ranks have to be equal. No DoRA, no
 secure aggregation, no quantized base without `cumulative.py`. Exact up to the rounding of the means
 to the adapter's dtype: 1e-7 in fp32, 4e-3 in bf16.
+Not for experts (`target_parameters`), aLoRA and the like, whose layers add no such product to a
+fixed weight (`configs.py`).
 """
 
 from __future__ import annotations

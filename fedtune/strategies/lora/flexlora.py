@@ -10,6 +10,7 @@ and the global rank if known (nobody can hold more): FLoRIST (arXiv 2506.09199).
 works on the factors and forms no (out, in) matrix. Ranks with S = 0 start like a fresh adapter, so
 that they can be trained. The factors are new ones, so Adam's moments of the clients do not fit.
 Server memory: clients x adapter. No DoRA, no secure aggregation.
+Not for experts (`target_parameters`), whose B A is no product of a layer (`configs.py`).
 """
 
 from __future__ import annotations

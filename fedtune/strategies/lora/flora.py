@@ -8,6 +8,8 @@ rank takes the first rows, which changes nothing while the product is 0. The res
 Adam's moments of the clients meaningless. Server memory: clients x adapter; every client receives
 the stack, sum r_k columns a layer. No DoRA, no secure aggregation, no quantized base without
 `cumulative.py`.
+Not for experts (`target_parameters`), aLoRA and the like, whose layers add no such product to a
+fixed weight (`configs.py`).
 """
 
 from __future__ import annotations

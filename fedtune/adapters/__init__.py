@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedtune.adapters.manifest import FULL, Entry, Manifest, Params, check
     from fedtune.adapters.merging import merge
     from fedtune.adapters.params import collect, collect_static, load, load_static
+    from fedtune.adapters.precision import train_in_fp32, warn_of_half_precision
     from fedtune.adapters.quant import keep_trainable
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "load_static",
     "merge",
     "params_from_peft_dir",
+    "train_in_fp32",
+    "warn_of_half_precision",
 ]
 
 # Names are loaded when they are used: the server needs `manifest` and `export`, and neither of them
@@ -50,6 +53,7 @@ _HOMES = {
     "manifest": ("FULL", "Entry", "Manifest", "Params", "check"),
     "merging": ("merge",),
     "params": ("collect", "collect_static", "load", "load_static"),
+    "precision": ("train_in_fp32", "warn_of_half_precision"),
     "quant": ("keep_trainable",),
 }
 

@@ -33,6 +33,7 @@ from transformers import (
 
 from fedtune.adapters.alone import NEW_HEAD
 from fedtune.adapters.live import ADALORA
+from fedtune.adapters.precision import train_in_fp32
 from fedtune.adapters.quant import keep_trainable, quantization_config
 from fedtune.config import AdapterArguments, ModelArguments
 from fedtune.errors import ConfigError
@@ -102,7 +103,8 @@ def attach_adapter(
 ) -> nn.Module:
     """A PeftModel around `model`, or `model` itself for `none`.
 
-    The initial adapter depends on `seed` alone; the global RNG is left as it was.
+    The initial adapter depends on `seed` alone; the global RNG is left as it was. What is trained
+    is fp32, whatever the dtype of the checkpoint (`precision.py`).
 
     Raises:
         ConfigError: PEFT cannot put this adapter on this model, or `none` on a quantized model.
@@ -114,6 +116,7 @@ def attach_adapter(
                 "--peft_method none: expected a base model in full precision, received a quantized "
                 "one. Drop --load_in_4bit / --load_in_8bit, or train an adapter."
             )
+        train_in_fp32(model)
         return model
     try:
         with seeded(seed):
@@ -124,6 +127,7 @@ def attach_adapter(
             f"{type(model).__name__}, received: {' '.join(str(error).split())} "
             "Set --lora_target_modules or choose another method."
         ) from None
+    train_in_fp32(attached)
     return attached
 
 

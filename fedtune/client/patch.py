@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from fedtune.adapters import collect
+from fedtune.adapters import collect, warn_of_half_precision
 from fedtune.adapters.sharded import is_sharded
 from fedtune.client.callback import FedTuneCallback
 from fedtune.client.codec_link import CodecLink
@@ -203,6 +203,7 @@ def _prepare(trainer: Trainer, plan: SitePlan, options: Options) -> int:
     check_trainer(trainer, options)
     check_loader(trainer, plan.client)
     check_trainer_tokens(trainer)
+    warn_of_half_precision(model_of(trainer))
     steps = _steps_per_round(trainer, plan, options)
     total = plan.num_rounds * steps
     if 0 < plan.max_steps < total:

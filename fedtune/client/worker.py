@@ -22,6 +22,7 @@ from fedtune.adapters import (
     describe,
     keep_trainable,
     load_static,
+    warn_of_half_precision,
 )
 from fedtune.client.client_round import completed, remembers
 from fedtune.client.local import MEMORY, evaluate, evaluate_base, train_round
@@ -109,6 +110,7 @@ class Worker:
             set_seed(self.args.training.seed)
             self._live = self.build_model(self.args)
             keep_trainable(self._live[0])
+            warn_of_half_precision(self._live[0])
         return self._live
 
     @property

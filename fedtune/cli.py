@@ -86,7 +86,10 @@ def _parser(asked: str) -> argparse.ArgumentParser:
     export.add_argument("--merge", action="store_true", help="write base model + adapter as one")
     export.add_argument("--best", action="store_true", help="the best round instead of the last")
     export.add_argument("--output_dir", type=Path, help="default: DIR-adapter or DIR-merged")
-    export.add_argument("--model_name_or_path", help="--merge: base model, if it has moved")
+    export.add_argument(
+        "--model_name_or_path",
+        help="base model: of --merge, if it has moved; of a full model without its tokenizer",
+    )
 
     _add(commands, "doctor", _doctor, "Check this machine and its packages.")
     for name, (home, suffix, help) in DEPLOYMENT.items():
@@ -176,17 +179,35 @@ def _export(args: argparse.Namespace) -> int:
     target: Path = args.output_dir or run.with_name(f"{run.name}-{kind}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output_dir: {target} is there already. Choose a new directory.")
+    full = not (source / "adapter_config.json").is_file()
     if args.merge:
         from fedtune.adapters import merge
 
         merge(source, target, model_name_or_path=args.model_name_or_path)
-    elif args.model_name_or_path:
+    elif args.model_name_or_path and not full:
         raise ConfigError("--model_name_or_path needs --merge. Add it, or leave this out.")
     else:
         _check_weights(source)
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        _copy(source, target, args.model_name_or_path)
     print(target)
     return 0
+
+
+def _copy(source: Path, target: Path, base: str | None) -> None:
+    """Copy a checkpoint; a full model gets tokenizer and generation settings of `base`."""
+    from fedtune.files import replace_directory
+
+    found = None
+    if base is not None:
+        from fedtune.adapters.beside import beside_of_base
+
+        found = beside_of_base(base)
+    with replace_directory(target) as fresh:
+        shutil.copytree(source, fresh, dirs_exist_ok=True)
+        if found is not None:
+            from fedtune.adapters.beside import put_beside
+
+            put_beside(fresh, found)
 
 
 def _adapter_of(directory: Path, *, best: bool) -> Path:

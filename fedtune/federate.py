@@ -45,6 +45,7 @@ def federate(args: Arguments, worker: Worker, directory: Path) -> tuple[ServerSt
         num_rounds=args.federation.num_rounds,
         save_every_rounds=args.federation.save_every_rounds,
         personal=partial(_personal, strategy_of(args.federation), worker),
+        beside=worker.beside,
     )
     if args.federation.engine == "flower":
         last = _in_processes(args, worker, directory, store)
@@ -111,6 +112,7 @@ def _in_processes(args: Arguments, worker: Worker, directory: Path, store: RunSt
     )
     logs = directory / "deployment"
     run_flower(submission, clients=worker.names, command=args.command, logs=logs)
+    store.complete()
     last = store.load()
     if last is None:
         raise RoundError(f"the server left no state; its log is in {logs}.")

@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,7 +40,7 @@ from fedtune.config import AdapterArguments, ModelArguments
 from fedtune.errors import ConfigError
 from fedtune.lists import split_names
 
-__all__ = ["Task", "attach_adapter", "build_peft_config", "load_base", "seeded"]
+__all__ = ["Task", "attach_adapter", "build_peft_config", "load_base", "load_config", "seeded"]
 
 Task = Literal["causal_lm", "seq_cls"]
 METHODS = ("lora", "dora", "p_tuning", "prompt_tuning", "prefix_tuning", "ia3", "none")
@@ -173,6 +174,17 @@ def load_base(
     if new_head:
         setattr(base, NEW_HEAD, True)
     return base, tokenizer
+
+
+def load_config(model_name_or_path: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a base model; its weights are not read. Raises ConfigError."""
+    path = os.path.expanduser(model_name_or_path)
+    _check_path(path)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+    except DAMAGED as error:
+        raise _no_model(path, "a model's config", error) from None
+    return config, _load_tokenizer(path)
 
 
 @contextmanager

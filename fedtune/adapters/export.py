@@ -20,6 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedtune.adapters.beside import Beside, put_beside
 from fedtune.adapters.manifest import FULL, Manifest, Params, check
 from fedtune.adapters.prompts import PROMPT_KEY, is_prompt, prompt_embeddings, prompt_params
 from fedtune.errors import ConfigError, ManifestError
@@ -34,6 +35,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 HF_CONFIG = "config.json"
 HF_INDEX = "model.safetensors.index.json"
+NOTHING = Beside()
 AGAIN = "Copy or export it again."
 
 # Options that change what the same tensors compute.
@@ -56,10 +58,12 @@ def export_adapter(
     manifest: Manifest,
     *,
     clients: Mapping[str, Params] | None = None,
+    beside: Beside = NOTHING,
 ) -> None:
     """Replace `directory` by a checkpoint that `from_pretrained` loads and fedtune can continue.
 
     `clients`: parameters of those that have an adapter of their own, written to `clients/<name>`.
+    `beside`: what a full model needs to be used as its base is; an adapter has it at its base.
 
     Raises:
         ManifestError: the parameters are not those of the manifest.
@@ -76,6 +80,8 @@ def export_adapter(
         for name, tensors in own.items():
             (fresh / CLIENTS / name).mkdir(parents=True)
             _write(fresh / CLIENTS / name, tensors, static, manifest)
+        if manifest.peft_type == FULL:
+            put_beside(fresh, beside)
 
 
 def _write(directory: Path, params: Params, static: Params, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
@@ -24,6 +25,7 @@ from fedtune.adapters import (
     load_static,
     warn_of_half_precision,
 )
+from fedtune.adapters.beside import Beside, beside
 from fedtune.client.client_round import completed, remembers
 from fedtune.client.local import MEMORY, evaluate, evaluate_base, train_round
 from fedtune.client.memory import ClientMemory
@@ -64,6 +66,7 @@ class Worker:
     evaluation: Dataset
     work_dir: Path
     _live: tuple[nn.Module, Any] | None = field(default=None, repr=False)
+    _beside: Beside = field(default_factory=Beside, repr=False)
     _static: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
     _trainers: dict[str, Trainer] = field(default_factory=dict, init=False, repr=False)
     _rng: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -86,6 +89,7 @@ class Worker:
             self.evaluation,
             work_dir,
             self._build(),
+            self._beside,
         )
 
     def blank(self) -> Worker:
@@ -109,6 +113,7 @@ class Worker:
         if self._live is None:
             set_seed(self.args.training.seed)
             self._live = self.build_model(self.args)
+            self._beside = _beside(*self._live)
             keep_trainable(self._live[0])
             warn_of_half_precision(self._live[0])
         return self._live
@@ -117,6 +122,12 @@ class Worker:
     def model(self) -> nn.Module:
         """The live model; all clients of this process share it."""
         return self._build()[0]
+
+    @property
+    def beside(self) -> Beside:
+        """What a full model needs beside its weights, as it was before a Trainer changed it."""
+        self._build()
+        return self._beside
 
     @property
     def tokenizer(self) -> Any:
@@ -248,3 +259,9 @@ class Worker:
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         return trainer
+
+
+def _beside(model: nn.Module, tokenizer: Any) -> Beside:
+    """Nothing for an adapter, which has all of it at its base."""
+    full = not isinstance(model, PeftModel) and hasattr(model, "config")
+    return beside(model, tokenizer) if full else Beside()

@@ -191,4 +191,10 @@ def _train(
 def _export(given: ArmInput, name: str, params: dict[str, Tensor]) -> None:
     if all(math.isfinite(float(value.float().sum())) for value in params.values()):
         start = given.built
-        export_adapter(given.directory / name / "adapter", params, start.static, start.manifest)
+        export_adapter(
+            given.directory / name / "adapter",
+            params,
+            start.static,
+            start.manifest,
+            beside=given.worker.beside,
+        )

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fedtune.adapters import FULL, export_adapter
+from fedtune.adapters.beside import Beside, put_beside
+from fedtune.adapters.export import NOTHING
 from fedtune.errors import RoundError
 from fedtune.files import append_line, write_text
 from fedtune.server import checkpoint
@@ -33,6 +35,7 @@ class RunStore:
 
     Args:
         personal: from a state to what each client keeps for itself, by client; where that is known.
+        beside: what a full model needs beside its weights; a server of sites does not know it.
     """
 
     def __init__(
@@ -42,9 +45,11 @@ class RunStore:
         num_rounds: int,
         save_every_rounds: int,
         personal: Personal = lambda state: {},
+        beside: Beside = NOTHING,
     ) -> None:
         self._directory = directory
         self._personal = personal
+        self._beside = beside
         self._num_rounds = num_rounds
         self._save_every_rounds = save_every_rounds
 
@@ -89,8 +94,14 @@ class RunStore:
         """Make this round durable, whatever `save_every_rounds` says."""
         checkpoint.save(self._checkpoints, state)
 
+    def complete(self) -> None:
+        """Put what a full model needs beside the weights that another process has written."""
+        for name in ("model", "best"):
+            if (self._directory / name / "config.json").is_file():
+                put_beside(self._directory / name, self._beside)
+
     def _export(self, directory: Path, state: ServerState) -> None:
         """Write a PEFT (or full-model) checkpoint, with the adapters that are clients' own."""
         params, manifest = state.whole()
         own = {client: {**params, **tensors} for client, tensors in self._personal(state).items()}
-        export_adapter(directory, params, state.static, manifest, clients=own)
+        export_adapter(directory, params, state.static, manifest, clients=own, beside=self._beside)

@@ -46,9 +46,13 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, "errors", "transport"})
+
+
 def __getattr__(name: str) -> Any:
-    if name == "transport":
-        return import_module("fedtune.transport")
+    if name in ("errors", "transport"):
+        return import_module(f"fedtune.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fedtune' has no attribute {name!r}")

@@ -57,3 +57,12 @@ def test_public_functions_and_classes_are_documented(path):
         value = getattr(module, name)
         if callable(value) and getattr(value, "__module__", "").startswith("fedtune"):
             assert value.__doc__, f"{module_name(path)}.{name}"
+
+
+def test_dir_shows_the_public_names():
+    import fedtune
+    import fedtune.adapters
+
+    assert {*fedtune.__all__, "transport", "errors"} <= set(dir(fedtune))
+    assert set(dir(fedtune.adapters)) == set(fedtune.adapters.__all__)
+    assert all(getattr(fedtune, name) is not None for name in dir(fedtune))

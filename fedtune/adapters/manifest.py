@@ -29,9 +29,20 @@ FULL = "FULL"  # peft_type of a model that is trained without an adapter
 VERSION = 1
 DIGITS = 12  # of a scaling that count: alpha / sqrt(r) times sqrt(r) is alpha up to rounding
 
-# Keys of a PEFT config that differ between sites without changing what is trained.
+# Keys of a PEFT config that differ between sites without changing what is trained; dropout is a
+# setting of the training, as the learning rate is: the adapter computes the same.
 SITE_KEYS = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "encoder_dropout",
+        "inference_mode",
+        "lora_dropout",
+        "module_dropout",
+        "peft_version",
+        "rank_dropout",
+        "revision",
+    }
 )
 # Said by shapes and scaling already, layer by layer.
 RANK_KEYS = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
@@ -129,10 +140,12 @@ class Manifest:
         keys = {*self.adapter_config, *built.adapter_config} - SITE_KEYS
         # The last ones may differ in adapters that are equal; alpha goes with r.
         for key in sorted(keys, key=lambda key: (key in RANK_KEYS, key != "r", key)):
-            yield key, self.adapter_config.get(key) or None, built.adapter_config.get(key) or None
+            ours, theirs = self.adapter_config.get(key), built.adapter_config.get(key)
+            if (ours or None) != (theirs or None):  # 0, empty and not set are one
+                yield key, "unset" if ours is None else ours, "unset" if theirs is None else theirs
         for name in sorted({*self.entries, *built.entries, *self.static, *built.static}):
-            ours, theirs = self.entries.get(name), built.entries.get(name)
-            yield name, ours or self.static.get(name), theirs or built.static.get(name)
+            mine, other = self.entries.get(name), built.entries.get(name)
+            yield name, mine or self.static.get(name), other or built.static.get(name)
         yield "scaling", self.scaling, built.scaling
 
     def to_json(self) -> str:

@@ -183,3 +183,12 @@ def test_two_processes_agree_on_a_directory() -> None:
     hashes = [run.communicate(timeout=120)[0].strip() for run in runs]
     assert len(hashes[0]) == 64
     assert hashes[0] == hashes[1]
+
+
+def test_dropout_is_a_setting_of_the_training() -> None:
+    """Sites may differ in it, as in the learning rate; what differs besides is shown as it is."""
+    one, other = describe(attached(lora(lora_dropout=0.1))), describe(attached())
+    assert one.hash == other.hash
+    assert other.objection_to(one) == ""
+    dora = describe(attached(lora(use_dora=True)))
+    assert "expected use_dora False, built True" in other.objection_to(dora)

@@ -64,15 +64,19 @@ def test_equal_codes_and_scales_decode_to_equal_bits(name, dtype, shape):
 
 
 @books
-def test_every_byte_decodes_to_the_bits_of_bitsandbytes(name):
-    """All 256 pairs of codes, code 8 of fp4 too, which is never written, each with a scale."""
+def test_every_byte_decodes_to_the_values_of_bitsandbytes(name):
+    """All 256 pairs of codes, each with a scale.
+
+    Values: code 8 of fp4, which is never written, is -0.0 in one kernel of bitsandbytes and 0.0 in
+    that for AVX-512. All other values differ in bits where they differ at all.
+    """
     packed = torch.arange(256, dtype=torch.uint8)
     absmax = torch.tensor([1.0, 3.3e-30, 0.7, 1e30, 0.0, 1e-3, 2.0, 5.0])
     parts, scales = encode_scales(absmax.numpy())
     data = np.concatenate([*parts, packed.numpy()])
     ours = CODECS[name].decode(data, torch.float32, 512)
     theirs = dequantized(packed.view(-1, 1), torch.from_numpy(scales), name, 512, torch.float32)
-    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+    assert torch.equal(ours, theirs)
 
 
 @books

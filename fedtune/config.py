@@ -104,6 +104,14 @@ class DataArguments:
     )
     eval_fraction: float = setting(0.1, "Share of the rows held out when there is no eval file.")
     max_rows: int | None = setting(None, "Use only the first N rows.")
+    strict_length: bool = setting(
+        False,
+        "Refuse rows longer than --max_length or the model's context. Default: cut, counted, said.",
+    )
+    deduplicate: bool = setting(
+        False,
+        "Take duplicates out of training: rows equal to a held-out row, and repeats of a row.",
+    )
     text_column: str | None = setting(None, "Text column. Default: found by name.")
     label_column: str | None = setting(None, "Label column. Default: found by name.")
     partition: Literal["iid", "dirichlet", "column", "size"] = setting(

@@ -10,6 +10,7 @@ from fedtune.adapters import Manifest
 from fedtune.client.worker import Worker
 from fedtune.config import Arguments, sampled_clients
 from fedtune.data import format_table
+from fedtune.data.usage import Usage
 from fedtune.prepare import Prepared, steps_per_client
 from fedtune.strategies import Method, strategy_of
 from fedtune.transport.codec_grid import MOST_BYTES
@@ -45,7 +46,7 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     sizes = sorted({f"{size / 1e6:.3f}" for size in sent.values()}, key=float)
     lines = {
-        "held out": f"{len(worker.evaluation):,} rows",
+        "held out": _held_out(prepared.held_out),
         **({"ranks": _ranks(worker, sent)} if args.adapter.ranks else {}),
         "travels": f"{len(params)} tensors, {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MB"
         + (f"; once {once / 1e6:.3f} MB" if once else "")
@@ -63,7 +64,13 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
         + "; activations extra",
     }
     table = [format_table(prepared.clients)]
-    return "\n".join(table + [f"{name:<10} {text}" for name, text in lines.items()])
+    told = [f"{name:<10} {text}" for name, text in lines.items()]
+    return "\n".join([*table, *told, *(f"{'note':<10} {note}" for note in prepared.notes)])
+
+
+def _held_out(usage: Usage) -> str:
+    left = "" if usage.rows_used in (None, usage.rows) else f", {usage.rows_used:,} used"
+    return f"{usage.rows:,} rows{left}"
 
 
 class Estimate(NamedTuple):

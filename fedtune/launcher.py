@@ -96,6 +96,7 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
     silos = load_silos(args)
     with TemporaryDirectory() as scratch:
         first = prepare(args, args.seeds[0], silos, Path(scratch), build_model, build_trainer)
+        first.warn()
         if args.run.dry_run:
             print(describe_run(args, first))
             return {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import Trainer
 
 from fedtune.adapters import Manifest, load_init_adapter
 from fedtune.adapters.size import exchanged_bytes, resident_bytes
@@ -17,11 +16,14 @@ from fedtune.client.worker import BuildModel, BuildTrainer, Worker
 from fedtune.config import Arguments
 from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
+from fedtune.data.usage import Usage
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.identity import identity_of
 from fedtune.transport.settings import CodecSettings
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client", "with_seed"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Prepared:
     Attributes:
         model_bytes: what the model takes in memory.
         full_bytes: what exchanging the whole base model once would take.
-        identity: rows, base model and tokenizer by content.
+        identity: rows, base model and tokenizer by content, and what became of the rows.
+        held_out: what the held-out rows are scored on.
+        notes: what the rows make worth a warning.
     """
 
     worker: Worker
@@ -39,6 +43,13 @@ class Prepared:
     model_bytes: int
     full_bytes: int
     identity: dict[str, dict[str, Any]]
+    held_out: Usage
+    notes: list[str]
+
+    def warn(self) -> None:
+        """Log the notes."""
+        for note in self.notes:
+            log.warning("%s", note)
 
 
 def load_silos(args: Arguments) -> Silos:
@@ -74,19 +85,28 @@ def prepare(
         check_loader(worker.trainer(name), name)
         if args.federation.engine != "flower":  # whose trainers never stop
             check_rounds(worker.trainer(name), name, carry=args.federation.client_state == "carry")
-    tokens = [_tokens(worker.trainer(name)) for name in silos.names]
+    usages = [worker.usage(name) for name in silos.names]
+    held_out = worker.held_out_usage()
     # Only now, as a Trainer may cast the adapter.
     CodecSettings.of(args.transport, refactors=False).check_use(worker.manifest.entries)
     if args.adapter.init_adapter:
         _check_init_adapter(args.adapter.init_adapter, worker.manifest)
-    counts = None if None in tokens else [count for count in tokens if count is not None]
     label = find_label_column(silos.train[0].column_names, args.data)
+    notes = _notes(silos, usages, held_out)
+    identity = identity_of(silos.train, silos.evaluation, worker.model, worker.tokenizer)
+    identity["data"] |= {
+        "evaluation": held_out.as_json(),
+        "duplicates": asdict(silos.duplicates),
+        "notes": notes,
+    }
     return Prepared(
         worker,
-        client_table(silos, counts, label),
+        client_table(silos, usages, label),
         model_bytes=resident_bytes(worker.model),
         full_bytes=exchanged_bytes(worker.model),
-        identity=identity_of(silos.train, silos.evaluation, worker.model, worker.tokenizer),
+        identity=identity,
+        held_out=held_out,
+        notes=notes,
     )
 
 
@@ -118,8 +138,18 @@ def _check_init_adapter(directory: str, manifest: Manifest) -> None:
         raise ConfigError(f"--init_adapter: {error}") from None
 
 
-def _tokens(trainer: Trainer) -> int | None:
-    rows = trainer.train_dataset
-    if rows is None or "input_ids" not in getattr(rows, "column_names", ()):
-        return None
-    return sum(len(ids) for ids in rows["input_ids"])
+def _notes(silos: Silos, usages: list[Usage], held_out: Usage) -> list[str]:
+    """What the rows make worth a warning."""
+    notes = silos.duplicates.sentences()
+    every = [usage for usage in usages if usage.given.every_turn]
+    if every:
+        tokens = sum(usage.tokens or 0 for usage in every)
+        share = 100 * sum(usage.label_tokens or 0 for usage in every) / max(1, tokens)
+        notes.append(
+            "conversations: the chat template marks no assistant turns ({% generation %}), so the "
+            f"loss is on all turns, system and user too: {share:.0f} % of the tokens are label "
+            "tokens. Mark them in the template to train on answers only"
+        )
+    for name, usage in zip(silos.names, usages, strict=True):
+        notes += usage.sentences(f"training rows of {name}")
+    return notes + held_out.sentences("held-out rows")

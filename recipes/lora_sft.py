@@ -4,15 +4,16 @@ python recipes/lora_sft.py --config recipes/demo.yaml    # the model and corpus 
 python recipes/lora_sft.py --compare all --seeds 1,2,3
 python recipes/lora_sft.py --model_name_or_path DIR --train_file rows.jsonl
 
-Rows: instruction/input/output, question/answer, prompt/completion, messages, or text. Where there
-is a prompt, the loss covers the answer only. `--dry_run` shows rows, bytes, memory and steps first.
+Rows: instruction/input/output, question/answer, prompt/completion, messages, or text. The loss
+covers answers only, where rows or chat template tell them from the rest. `--dry_run` shows rows,
+bytes, memory and steps first.
 """
 
 from trl import SFTTrainer
 
 import fedtune
 from fedtune.adapters import attach_adapter, load_base
-from fedtune.data import as_language_rows, check_row_lengths
+from fedtune.data import as_language_rows, sft_inputs
 
 
 def build_model(args):
@@ -24,18 +25,11 @@ def build_model(args):
 def build_trainer(args, model, tokenizer, train, evaluation):
     """A trl SFTTrainer over one client's rows."""
 
-    def rows_of(silo, where):
-        rows = as_language_rows(silo, args.data, tokenizer)
-        check_row_lengths(rows, model, tokenizer, args.training.max_length, where)
-        return rows
+    def rows_of(silo):
+        return as_language_rows(silo, args.data, tokenizer)
 
-    return SFTTrainer(
-        model=model,
-        args=args.training,
-        train_dataset=rows_of(train, "training rows"),
-        eval_dataset=None if evaluation is None else rows_of(evaluation, "held-out rows"),
-        processing_class=tokenizer,
-    )
+    inputs = sft_inputs(rows_of, args, model, tokenizer, train, evaluation)
+    return SFTTrainer(model=model, processing_class=tokenizer, **inputs)
 
 
 if __name__ == "__main__":

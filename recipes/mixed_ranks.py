@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 import fedtune
 from fedtune.adapters import attach_adapter, load_base
-from fedtune.data import as_language_rows, check_row_lengths
+from fedtune.data import as_language_rows, sft_inputs
 
 
 def build_model(args):
@@ -25,18 +25,11 @@ def build_model(args):
 def build_trainer(args, model, tokenizer, train, evaluation):
     """A trl SFTTrainer over one client's rows."""
 
-    def rows_of(silo, where):
-        rows = as_language_rows(silo, args.data, tokenizer)
-        check_row_lengths(rows, model, tokenizer, args.training.max_length, where)
-        return rows
+    def rows_of(silo):
+        return as_language_rows(silo, args.data, tokenizer)
 
-    return SFTTrainer(
-        model=model,
-        args=args.training,
-        train_dataset=rows_of(train, "training rows"),
-        eval_dataset=None if evaluation is None else rows_of(evaluation, "held-out rows"),
-        processing_class=tokenizer,
-    )
+    inputs = sft_inputs(rows_of, args, model, tokenizer, train, evaluation)
+    return SFTTrainer(model=model, processing_class=tokenizer, **inputs)
 
 
 if __name__ == "__main__":

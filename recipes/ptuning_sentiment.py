@@ -17,9 +17,9 @@ from fedtune.adapters import attach_adapter, load_base
 from fedtune.data import (
     as_label_prompt_rows,
     check_held_out_labels,
-    check_row_lengths,
     find_label_names,
     load_rows,
+    sft_inputs,
 )
 
 
@@ -38,20 +38,14 @@ def build_model(args):
 def build_trainer(args, model, tokenizer, train, evaluation):
     """A trl SFTTrainer over one client's texts and labels."""
 
-    def rows_of(silo, where):
-        rows = as_label_prompt_rows(silo, args.data)
-        check_row_lengths(rows, model, tokenizer, args.training.max_length, where)
-        return rows
+    def rows_of(silo):
+        return as_label_prompt_rows(silo, args.data)
 
     if evaluation is not None:
         check_held_out_labels(evaluation, args.data, label_names(args))
+    inputs = sft_inputs(rows_of, args, model, tokenizer, train, evaluation)
     return AnswerTrainer(
-        model=model,
-        args=args.training,
-        train_dataset=rows_of(train, "training rows"),
-        eval_dataset=None if evaluation is None else rows_of(evaluation, "held-out rows"),
-        processing_class=tokenizer,
-        compute_metrics=label_accuracy,
+        model=model, processing_class=tokenizer, compute_metrics=label_accuracy, **inputs
     )
 
 

@@ -19,10 +19,9 @@ from fedtune.adapters import attach_adapter, load_base
 from fedtune.data import (
     as_classification_rows,
     check_held_out_labels,
-    check_row_lengths,
     find_label_names,
     load_rows,
-    readable_length,
+    text_inputs,
 )
 
 
@@ -41,27 +40,19 @@ def build_model(args):
 def build_trainer(args, model, tokenizer, train, evaluation):
     """A Trainer over one client's texts and labels; what the context cannot hold is cut."""
     names = [name for _, name in sorted(model.config.id2label.items())]
-    room = readable_length(model)
 
-    def rows_of(silo, where):
-        rows, _ = as_classification_rows(silo, args.data, names)
-        check_row_lengths(rows, model, tokenizer, room, where)
-        return rows.map(
-            lambda batch: tokenizer(batch["text"], truncation=room is not None, max_length=room),
-            batched=True,
-            remove_columns="text",
-        )
+    def rows_of(silo):
+        return as_classification_rows(silo, args.data, names)[0]
 
     if evaluation is not None:
         check_held_out_labels(evaluation, args.data, names)
+    inputs = text_inputs(rows_of, args, model, tokenizer, train, evaluation)
     return Trainer(
         model=model,
-        args=args.training,
-        train_dataset=rows_of(train, "training rows"),
-        eval_dataset=None if evaluation is None else rows_of(evaluation, "held-out rows"),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=scores,
+        **inputs,
     )
 
 

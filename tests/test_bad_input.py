@@ -221,9 +221,9 @@ DATA = {
         "received 11",
     ),
     "one row": ("--max_rows 2 --num_clients 2 --min_rows 1", "--num_clients", "(1 rows)"),
-    "too long": ("--train_file long.jsonl", "256 tokens", "row", "--max_length 256"),
+    "too long": ("--train_file long.jsonl --strict_length", "256 tokens", "row", "--strict_length"),
     "prompts take room": (
-        "--train_file long.jsonl --peft_method p_tuning --num_virtual_tokens 20",
+        "--train_file long.jsonl --strict_length --peft_method p_tuning --num_virtual_tokens 20",
         "236 tokens (the model's context minus 20 virtual tokens)",
     ),
     "max_length above the context": ("--max_length 300", "--max_length", "256", "received 300"),

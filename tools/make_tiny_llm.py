@@ -32,10 +32,13 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 # The generation markers let trainers mask everything but the assistant's turns.
 CHAT_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>\n' + (tools | tojson) + eos_token + '\n' }}{% endif %}"
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% generation %}{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call | tojson }}{% endfor %}"
+    "{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}"
     "{{ '\n' }}"
     "{% endfor %}"

@@ -34,6 +34,7 @@ from fedtune.client.score import Score
 from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.config import Arguments
 from fedtune.data.embeddings import check_trainer_tokens
+from fedtune.data.usage import Given, Usage, usage_of
 from fedtune.errors import ConfigError
 from fedtune.strategies.lora.manifests import at_ranks
 from fedtune.strategies.lora.padding import cut, widen
@@ -234,7 +235,7 @@ class Worker:
         """This client's Trainer, built on first use; static tensors are loaded then."""
         if client not in self._trainers:
             evaluation = self.evaluation if client == self.evaluator else None
-            self._trainers[client] = self.new_trainer(self.train[client], evaluation, client)
+            self._trainers[client] = self._checked(client, evaluation)
             self._rng[client] = get_rng()
             # Every train() collects garbage; what lives as long as the worker need not be visited.
             gc.freeze()
@@ -242,6 +243,24 @@ class Worker:
             if self._static:
                 load_static(self.model, self._static, agreed)
         return self._trainers[client]
+
+    def usage(self, client: str) -> Usage:
+        """What this client's Trainer learns from."""
+        trainer, rows = self.trainer(client), self.train[client]
+        return _usage(trainer, trainer.train_dataset, len(rows), "train")
+
+    def held_out_usage(self) -> Usage:
+        """What the held-out rows are scored on."""
+        trainer = self.trainer(self.evaluator)
+        return _usage(trainer, trainer.eval_dataset, len(self.evaluation), "eval")
+
+    def _checked(self, client: str, evaluation: Dataset | None) -> Trainer:
+        trainer = self.new_trainer(self.train[client], evaluation, client)
+        rows = len(self.train[client])
+        _usage(trainer, trainer.train_dataset, rows, "train").check(f"training rows of {client}")
+        if evaluation is not None:
+            _usage(trainer, trainer.eval_dataset, len(evaluation), "eval").check("held-out rows")
+        return trainer
 
     def new_trainer(self, train: Dataset, evaluation: Dataset | None, name: str) -> Trainer:
         """A Trainer over the shared model, quiet, writing below `work_dir/name`."""
@@ -265,3 +284,10 @@ def _beside(model: nn.Module, tokenizer: Any) -> Beside:
     """Nothing for an adapter, which has all of it at its base."""
     full = not isinstance(model, PeftModel) and hasattr(model, "config")
     return beside(model, tokenizer) if full else Beside()
+
+
+def _usage(trainer: Trainer, rows: Any, count: int, name: str) -> Usage:
+    """Usage of one of the Trainer's sets; what a recipe did to its rows stands on the settings."""
+    given = getattr(trainer.args, "rows_given", {}).get(name, Given())
+    packed = bool(getattr(trainer.args, "packing", False))
+    return usage_of(rows, count, given, packed=packed)

@@ -9,11 +9,13 @@ from fedtune.data.formats import (
     instruction_prompt,
     label_prompt,
 )
+from fedtune.data.inputs import sft_inputs, text_inputs
 from fedtune.data.labels import check_held_out_labels, find_label_names
 from fedtune.data.lengths import (
     check_lengths,
     check_row_lengths,
     context_length,
+    length_limit,
     readable_length,
     token_lengths,
     virtual_tokens,
@@ -40,12 +42,15 @@ __all__ = [
     "hold_out",
     "instruction_prompt",
     "label_prompt",
+    "length_limit",
     "load_rows",
     "load_split",
     "make_silos",
     "partition",
     "readable_length",
     "row_format",
+    "sft_inputs",
+    "text_inputs",
     "token_lengths",
     "virtual_tokens",
 ]

@@ -3,7 +3,7 @@
 | columns | kind |
 |---|---|
 | `--text_column C`, whatever else there is | text |
-| `messages` | messages |
+| `messages`, or sharegpt's `conversations` | messages |
 | `instruction`, `input`, `output`; or `instruction`, `context`, `response` | instruction |
 | `instruction`, `output`; or `question`, `answer` | instruction |
 | `prompt`, `completion` | pair |
@@ -30,13 +30,14 @@ class RowFormat(NamedTuple):
     """A kind of row and the columns that hold its parts."""
 
     kind: Literal["text", "messages", "instruction", "pair"]
-    request: str  # the only column of text and messages
+    request: str  # the only column of text and of conversations
     given: str | None = None  # what the request is about
     answer: str = ""
 
 
 FOUND_BY_NAME = (
     RowFormat("messages", "messages"),
+    RowFormat("messages", "conversations"),
     RowFormat("instruction", "instruction", "input", "output"),
     RowFormat("instruction", "instruction", "context", "response"),
     RowFormat("instruction", "instruction", None, "output"),
@@ -59,8 +60,8 @@ def row_format(columns: Sequence[str], data: DataArguments) -> RowFormat:
         if {part for part in known[1:] if part} <= set(columns):
             return known
     raise DataError(
-        "columns: expected messages, or instruction/input/output, question/answer, "
-        f"prompt/completion, or text; received {quoted(columns)}. "
+        "columns: expected messages or conversations, or instruction/input/output, "
+        f"question/answer, prompt/completion, or text; received {quoted(columns)}. "
         "Fix: rename them, or name the text with --text_column."
     )
 

@@ -13,11 +13,14 @@ from typing import Any
 from datasets import Dataset
 
 from fedtune.config import DataArguments
+from fedtune.data.chat import BESIDE_TURNS, as_chat_rows, is_chat
 from fedtune.data.columns import require_text
 from fedtune.data.detect import plain_texts, requests, row_format
 from fedtune.data.labels import find_label_names, label_column, labels_of
-from fedtune.data.origin import Faults, bad_rows, derive, row_name
-from fedtune.errors import ConfigError, DataError
+from fedtune.data.origin import Faults, bad_rows, derive
+from fedtune.data.template import find_template
+from fedtune.data.text import say_once
+from fedtune.errors import DataError
 
 __all__ = [
     "as_classification_rows",
@@ -29,10 +32,10 @@ __all__ = [
 
 
 def as_language_rows(rows: Dataset, data: DataArguments, tokenizer: Any) -> Dataset:
-    """Rows for SFTTrainer: `text`, `prompt` and `completion`, or `messages` (see `detect`).
+    """Rows for SFTTrainer: `text`, `prompt` and `completion`, or `messages` (see `detect`, `chat`).
 
     Raises:
-        ConfigError: `messages` and a tokenizer without a chat template.
+        ConfigError: conversations and a tokenizer without a chat template.
         DataError: no format fits, or a cell is empty or of the wrong type.
     """
     convert = partial(_language_rows, data=data, tokenizer=tokenizer)
@@ -43,10 +46,10 @@ def _language_rows(rows: Dataset, data: DataArguments, tokenizer: Any) -> Datase
     form = row_format(rows.column_names, data)
     if form.kind == "text":
         return Dataset.from_dict({"text": require_text(rows, form.request)})
-    if form.kind == "messages":
-        _check_chat_template(tokenizer)
-        _check_messages(rows)
-        return rows.select_columns(["messages"])
+    if is_chat(rows, form):
+        find_template(tokenizer)
+        return as_chat_rows(rows, form)
+    _say_what_is_dropped(rows)
     if form.kind == "pair":
         prompts = require_text(rows, form.request)
     else:
@@ -122,26 +125,10 @@ def _pairs(prompts: list[str], completions: list[str]) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "completion": completions})
 
 
-def _check_chat_template(tokenizer: Any) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "column `messages`: expected a tokenizer with a chat template, received one without. "
-            "Fix: use an instruct model, put chat_template.jinja beside the tokenizer, or use "
-            "prompt/completion rows."
+def _say_what_is_dropped(rows: Dataset) -> None:
+    dropped = [name for name in BESIDE_TURNS if name in rows.column_names]
+    if dropped:
+        say_once(
+            f"columns {', '.join(dropped)}: left out: rows without turns go through no "
+            "chat template."
         )
-
-
-def _check_messages(rows: Dataset) -> None:
-    for i, turns in enumerate(rows["messages"]):
-        good = isinstance(turns, list) and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-        if not good or not turns:
-            raise DataError(
-                "column `messages`: expected a list of {role, content} with text in both, "
-                f"received {str(turns)[:60]!r} in {row_name(rows, i)}. "
-                "Fix: correct or remove the row."
-            )

@@ -10,11 +10,12 @@ from datasets import Dataset
 
 from fedtune.config import DataArguments
 from fedtune.data.columns import find_label_column, names_of, quoted, require_column, shown_names
+from fedtune.data.duplicates import Duplicates, count_duplicates, drop_duplicates, row_keys
 from fedtune.data.load import load_split
 from fedtune.data.origin import select
 from fedtune.data.own_rows import own_rows
 from fedtune.data.partition import partition
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, DataError
 
 __all__ = ["Silos", "make_silos"]
 
@@ -26,10 +27,11 @@ class Silos:
     """Raw rows of every client and the held-out rows.
 
     `indices[k]` are the positions of client k's rows in the training rows (those left after the
-    held-out ones are taken). `owned[k]` are the column values that client k owns under
-    `--partition column`, most rows first, and empty under the other kinds. `own[k]` are the
-    positions of the held-out rows that are like client k's own (`own_rows.py`); None where they
-    cannot be told apart.
+    held-out ones, and under `--deduplicate` the duplicates, are taken). `owned[k]` are the column
+    values that client k owns under `--partition column`, most rows first, and empty under the other
+    kinds. `own[k]` are the positions of the held-out rows that are like client k's own
+    (`own_rows.py`); None where they cannot be told apart. `duplicates` counts the equal rows among
+    all of them.
     """
 
     train: list[Dataset]
@@ -38,6 +40,7 @@ class Silos:
     indices: list[list[int]]
     owned: list[list[str]] = field(default_factory=list)
     own: list[list[int]] | None = None
+    duplicates: Duplicates = Duplicates()
 
     @property
     def own_evaluation(self) -> dict[str, Dataset] | None:
@@ -59,6 +62,12 @@ def make_silos(data: DataArguments, *, num_clients: int, min_rows: int, data_see
     """
     rows, evaluation = load_split(data, data_seed=data_seed)
     label = find_label_column(rows.column_names, data)
+    compared = label if label in evaluation.column_names else None
+    keys, held_out = (row_keys(part, data, compared) for part in (rows, evaluation))
+    removed: dict[str, int] = {}
+    if data.deduplicate:
+        kept, removed = drop_duplicates(keys, held_out)
+        rows, keys = _rows_left(rows, kept), [keys[i] for i in kept]
     name = _partition_column(rows, data, label)
     values = None if name is None else names_of(rows, name)
     indices = partition(
@@ -81,7 +90,18 @@ def make_silos(data: DataArguments, *, num_clients: int, min_rows: int, data_see
     if name is not None and values is not None and name in evaluation.column_names:
         mine = [[values[i] for i in part] for part in indices]
         own = own_rows(data.partition, shown_names(evaluation, name), mine, seed=data_seed)
-    return Silos(train, evaluation, names, indices, owned, own)
+    dealt = {who: [keys[i] for i in part] for who, part in zip(names, indices, strict=True)}
+    duplicates = count_duplicates(dealt, held_out, removed)
+    return Silos(train, evaluation, names, indices, owned, own, duplicates)
+
+
+def _rows_left(rows: Dataset, kept: list[int]) -> Dataset:
+    if not kept:
+        raise DataError(
+            f"--deduplicate: expected training rows that no held-out row is equal to, received "
+            f"none: all {len(rows)} are duplicates. Fix: give other held-out rows."
+        )
+    return select(rows, kept)
 
 
 def _partition_column(rows: Dataset, data: DataArguments, label: str | None) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune.data.columns import shown_names
 from fedtune.data.silos import Silos
+from fedtune.data.usage import Usage
 
 __all__ = ["client_table", "format_table"]
 
@@ -16,48 +17,69 @@ MAX_LABELS = 6
 
 
 def client_table(
-    silos: Silos, token_counts: Sequence[int] | None, label_column: str | None
+    silos: Silos, usages: Sequence[Usage] | None, label_column: str | None
 ) -> list[dict[str, Any]]:
-    """Per client: name, rows, tokens, rows per label, and column values owned; JSON-able.
+    """Per client: name, rows, what is learned of them, rows per label, column values owned.
 
-    `token_counts` has one number per client, or is None where nothing is tokenized yet.
+    `usages` has one item per client, or is None where nothing is tokenized yet. JSON-able:
 
-    [{"client": "client-0", "rows": 9, "tokens": 120, "labels": {"neutral": 9}, "owned": ["a"]}]
+    [{"client": "client-0", "rows": 9, "rows_used": 9, "rows_cut": 0, "tokens": 120,
+      "label_tokens": 30, "labels": {"neutral": 9}, "owned": ["a"]}]
     """
-    tokens = [None] * len(silos.train) if token_counts is None else list(token_counts)
     owned = silos.owned or [[] for _ in silos.train]
+    if usages is None:
+        usages = [Usage(len(rows), None, 0, None, None) for rows in silos.train]
     return [
         {
             "client": name,
-            "rows": len(rows),
-            "tokens": count,
+            **usage.as_json(),
             "labels": {} if label_column is None else _counts(shown_names(rows, label_column)),
             "owned": list(values),
         }
-        for name, rows, count, values in zip(silos.names, silos.train, tokens, owned, strict=True)
+        for name, rows, usage, values in zip(silos.names, silos.train, usages, owned, strict=True)
     ]
 
 
 def format_table(table: Sequence[dict[str, Any]]) -> str:
-    """The table as aligned text of at most 100 columns; shares of the six commonest labels."""
+    """The table as aligned text of at most 100 columns; shares of the six commonest labels.
+
+    `used`, the rows that something is learned from, stands there only where some are not. `label
+    tokens` is the share of the tokens that the loss is on.
+    """
     totals: Counter[str] = Counter()
     for row in table:
         totals.update(row["labels"])
     labels = sorted(label for label, _ in totals.most_common(MAX_LABELS))
-    cells = [["client", "rows", "tokens"]]
-    for row in table:
-        tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
-        cells.append([row["client"], f"{row['rows']:,}", tokens])
-    widths = [max(len(line[k]) for line in cells) for k in range(3)]
+    columns = {"client": [row["client"] for row in table]}
+    columns["rows"] = [_number(row["rows"]) for row in table]
+    if any(row["rows_used"] not in (None, row["rows"]) for row in table):
+        columns["used"] = [_number(row["rows_used"]) for row in table]
+    columns["tokens"] = [_number(row["tokens"]) for row in table]
+    if any(row["label_tokens"] is not None for row in table):
+        columns["label tokens"] = [_share(row["label_tokens"], row["tokens"]) for row in table]
     tails = [_tail_title(table, labels)]
     tails += [
         "; ".join(part for part in (_mix(row, labels), _owned(row["owned"])) if part)
         for row in table
     ]
+    lines = zip(*([title, *cells] for title, cells in columns.items()), strict=True)
+    widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
     return "\n".join(
-        _fit(f"{name:<{widths[0]}}  {rows:>{widths[1]}}  {tokens:>{widths[2]}}  {tail}".rstrip())
-        for (name, rows, tokens), tail in zip(cells, tails, strict=True)
+        _fit("  ".join((*map(_aligned, line, widths, range(len(line))), tail)).rstrip())
+        for line, tail in zip(lines, tails, strict=True)
     )
+
+
+def _aligned(cell: str, width: int, place: int) -> str:
+    return cell.rjust(width) if place else cell.ljust(width)
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    return "-" if part is None or not whole else f"{100 * part / whole:.0f} %"
 
 
 def _counts(labels: list[str]) -> dict[str, int]:

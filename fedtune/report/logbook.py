@@ -137,7 +137,13 @@ def clients_section(summary: Summary) -> str:
     if alone:
         note += " Alone: its final held-out loss without the federation, and how much lower the "
         note += "federated loss is."
-    return section("Clients", note, table(heads, rows))
+    return section("Clients", note, _notes(summary) + table(heads, rows))
+
+
+def _notes(summary: Summary) -> str:
+    """Warnings about the rows, in the words of the terminal."""
+    items = "".join(f"<li>{esc(note)}</li>" for note in summary.notes)
+    return f'<ul class="note">{items}</ul>' if items else ""
 
 
 def _alone(summary: Summary, local: Arm | None) -> list[tuple[str, str]]:

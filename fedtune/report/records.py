@@ -129,6 +129,7 @@ class Summary:
     clients: tuple[ClientData, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)  # what was read, by content
     model: Mapping[str, Any] = field(default_factory=dict)  # base model and tokenizer, by content
+    notes: tuple[str, ...] = ()  # warnings about the rows
     extra: Mapping[str, Any] = field(default_factory=dict)
     base_loss: float | None = None  # held-out loss of the base model without an adapter
 

@@ -67,6 +67,7 @@ def load_summary(directory: str | Path) -> Summary:
         clients=_clients(_mapping(raw.get("data")).get("clients")),
         data=_mapping(raw.get("data")),
         model=_mapping(raw.get("model")),
+        notes=tuple(map(str, _items(_mapping(raw.get("data")).get("notes")))),
         extra={key: value for key, value in raw.items() if key not in known},
         base_loss=number(raw.get("base_loss")),
     )

@@ -23,7 +23,7 @@ h1{margin:0;max-width:24em;font-size:32px;line-height:1.2;letter-spacing:-.018em
 text-wrap:balance}
 h2{margin:0 0 4px;font-size:18px;line-height:1.3;letter-spacing:-.008em;font-weight:620}
 h3{margin:0 0 4px;font-size:14px;font-weight:600}
-p.note,figcaption{margin:0 0 16px;max-width:72ch;color:var(--soft);font-size:13.5px}
+p.note,ul.note,figcaption{margin:0 0 16px;max-width:72ch;color:var(--soft);font-size:13.5px}
 .chips{display:flex;flex-wrap:wrap;gap:6px 20px;margin:16px 0 0;padding:0;list-style:none;
 color:var(--soft);font-size:13.5px}
 .chips b{color:var(--ink);font-weight:550}

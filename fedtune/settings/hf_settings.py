@@ -93,7 +93,8 @@ DEFAULTS: tuple[Default, ...] = (
     Default("report_to", "none", "one tracker run per client is noise; --track logs the rounds"),
     Default("save_strategy", "no", "the federation writes its own state at round ends"),
     Default("eval_strategy", "no", "the federation scores the global model"),
-    Default("max_length", None, "trl cuts at 1024 silently; a row too long is an error here"),
+    Default("max_length", None, "trl cuts at 1024 silently; here what the model can read is read"),
+    Default("assistant_only_loss", None, "on for conversations whose chat template marks turns"),
     Default("disable_tqdm", True, "one bar per client and round hides the table of rounds"),
     Default(
         "activation_checkpointing",

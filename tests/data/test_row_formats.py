@@ -29,6 +29,7 @@ def rows(**columns):
     [
         (["messages", "text", "label"], "messages"),
         (["instruction", "input", "output", "silo", "label"], "instruction"),
+        (["conversations", "id"], "messages"),
         (["instruction", "output", "text"], "instruction"),
         (["instruction", "context", "response", "category"], "instruction"),
         (["question", "answer"], "instruction"),
@@ -186,9 +187,9 @@ def test_class_label_features_keep_their_names():
         (
             {"messages": [[]]},
             {},
-            "expected a list of {role, content} with text in both, received '[]' in row 1",
+            "expected a list of {role, content}, received a conversation without a turn in row 1",
         ),
-        ({"messages": [[{"from": "a", "value": "b"}]]}, {}, "expected a list of {role, content}"),
+        ({"messages": [[{"from": "a", "value": "b"}]]}, {}, "received the role 'a' of turn 1"),
         ({"messages": ["hello"]}, {}, "received 'hello' in row 1"),
     ],
 )

@@ -132,7 +132,7 @@ def test_real_phrasebank_by_label(real_data):
         partition_alpha=0.3,
     )
     silos = make_silos(data, num_clients=4, min_rows=8, data_seed=42)
-    table = client_table(silos, [len(rows) for rows in silos.train], "label")
+    table = client_table(silos, None, "label")
     assert json.loads(json.dumps(table)) == table
     assert sum(row["rows"] for row in table) == 4840 - 484
     total = Counter(label for part in silos.train for label in part["label"])
@@ -168,7 +168,14 @@ def test_real_shakespeare_by_speaker(real_data):
 
 
 def test_table_of_many_labels_fits():
-    row = {"client": "client-0", "rows": 100, "tokens": 1, "owned": ["site"]}
+    row = {
+        "client": "client-0",
+        "rows": 100,
+        "rows_used": None,
+        "label_tokens": None,
+        "tokens": 1,
+        "owned": ["site"],
+    }
     text = format_table([row | {"labels": {f"a rather long label {i}": 10 for i in range(10)}}])
     assert all(len(line) <= 100 for line in text.splitlines())
 

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from fedtune.adapters.alone import has_virtual_tokens
 from fedtune.client.batches import BatchSize, count_batch
+from fedtune.client.instead import instead
 from fedtune.client.score import HeldOut
 from fedtune.client.undisturbed import same_rng
 
@@ -49,7 +50,6 @@ class BatchCounter:
 
     def __enter__(self) -> BatchCounter:
         step = self._trainer.training_step
-        self._before = vars(self._trainer).get("training_step")
 
         def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
             size = size_of(self._trainer, inputs)
@@ -63,13 +63,12 @@ class BatchCounter:
                 log.warning("batches have neither labels nor ids: their rows count as tokens.")
             return loss
 
-        vars(self._trainer)["training_step"] = counted
+        self._counted = instead(self._trainer, training_step=counted)
+        self._counted.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        del vars(self._trainer)["training_step"]
-        if self._before is not None:  # a script may have put one there
-            vars(self._trainer)["training_step"] = self._before
+    def __exit__(self, *raised: Any) -> None:
+        self._counted.__exit__(*raised)
 
 
 _told: WeakSet[Trainer] = WeakSet()

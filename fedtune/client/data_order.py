@@ -24,6 +24,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
+from fedtune.client.instead import instead
 from fedtune.client.loader import samplers_of
 from fedtune.client.undisturbed import get_rng, same_rng, same_state, set_rng
 from fedtune.errors import ConfigError
@@ -147,12 +148,11 @@ def continued(trainer: Trainer, checkpoint: Path | None) -> Iterator[Callable[[P
         if not place.inside:
             load_rng(directory)
 
-    with _noted(trainer, place, go_on) as made:
-        vars(trainer)["_load_rng_state"] = load_between_epochs
-        try:
-            yield lambda directory: _write(directory / FILE, _reached(trainer, made[0]))
-        finally:
-            del vars(trainer)["_load_rng_state"]
+    with (
+        _noted(trainer, place, go_on) as made,
+        instead(trainer, _load_rng_state=load_between_epochs),
+    ):
+        yield lambda directory: _write(directory / FILE, _reached(trainer, made[0]))
 
 
 @contextmanager
@@ -168,7 +168,6 @@ def _noted(
 ) -> Iterator[list[_Noted]]:
     """Put a `_Noted` into every train loader; yields the list of them."""
     make = trainer.get_train_dataloader
-    before = vars(trainer).get("get_train_dataloader")
     made: list[_Noted] = []
 
     def noted() -> Any:
@@ -180,13 +179,8 @@ def _noted(
         vars(base)[name] = made[-1]  # a loader lets nobody set it
         return loader
 
-    vars(trainer)["get_train_dataloader"] = noted
-    try:
+    with instead(trainer, get_train_dataloader=noted):
         yield made
-    finally:
-        del vars(trainer)["get_train_dataloader"]
-        if before is not None:
-            vars(trainer)["get_train_dataloader"] = before
 
 
 def _reached(trainer: Trainer, noted: _Noted) -> Place:

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from fedtune.adapters.sharded import is_sharded, local_part
-from fedtune.client.local import model_of, set_lr_position
+from fedtune.client.instead import instead
+from fedtune.client.local import model_of
+from fedtune.client.lr_position import set_lr_position
 from fedtune.client.ranks import Ranks
 
 __all__ = [
@@ -37,7 +39,7 @@ def endless(trainer: Trainer, planned: Callable[[int], None]) -> Iterator[None]:
         planned(epochs)
         return sys.maxsize, *others
 
-    with _override(trainer, set_initial_training_values=without_end):
+    with instead(trainer, set_initial_training_values=without_end):
         yield
 
 
@@ -50,7 +52,7 @@ def schedule(trainer: Trainer, steps: int | None) -> Iterator[None]:
         return create(steps, *args, **kw)  # type: ignore[arg-type]
 
     overrides = {} if steps is None else {"create_scheduler": of_one_round}
-    with _override(trainer, **overrides):
+    with instead(trainer, **overrides):
         yield
 
 
@@ -68,7 +70,7 @@ def weightless(trainer: Trainer, checkpoint: str | None) -> Iterator[None]:
         return None
 
     overrides = {"_load_from_checkpoint": nothing} if checkpoint else {}
-    with _override(trainer, **overrides):
+    with instead(trainer, **overrides):
         yield
 
 
@@ -99,13 +101,3 @@ def optimizer_is_spoiled(trainer: Trainer, ranks: Ranks) -> bool:
     if is_sharded(model_of(trainer)):  # else every process has the same state
         bad = bool(ranks.total([float(bad)])[0])
     return bad
-
-
-@contextmanager
-def _override(trainer: Trainer, **methods: Callable[..., Any]) -> Iterator[None]:
-    vars(trainer).update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            vars(trainer).pop(name, None)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -27,6 +26,8 @@ from fedtune.adapters.names import base_model
 from fedtune.client.client_round import ClientRound, refuse_fp16, remembers
 from fedtune.client.counter import BatchCounter
 from fedtune.client.data_order import continued, fresh
+from fedtune.client.instead import instead
+from fedtune.client.lr_position import set_lr_position
 from fedtune.client.memory import ClientMemory
 from fedtune.client.per_token import PerToken
 from fedtune.client.replies import LocalResult, Sent
@@ -44,13 +45,11 @@ __all__ = [
     "evaluate_base",
     "model_of",
     "quality_metrics",
-    "set_lr_position",
     "steps_of",
     "train_round",
 ]
 
 MEMORY = "memory"  # in a client's directory: what its method keeps
-BY_METRIC = ("ReduceLROnPlateau", "GreedyLR")  # schedules that step by a metric
 NO_QUALITY = (
     *("_runtime", "_per_second", "_time", "epoch", "_num_tokens", "_entropy"),
     *("_min_reward", "_max_reward"),  # of a batch, so of its size
@@ -216,14 +215,6 @@ class _RoundCallback(TrainerCallback):
         return control
 
 
-def set_lr_position(scheduler: LRScheduler, step: int) -> None:
-    """Put a step-based schedule at `step`; one that follows a metric is left alone."""
-    if type(scheduler).__name__ in BY_METRIC or scheduler.last_epoch == step:
-        return
-    scheduler.last_epoch = step - 1
-    scheduler.step()
-
-
 def _carried(state_dir: Path, resume_round: int) -> Path | None:
     if not resume_round:
         return None
@@ -269,20 +260,14 @@ def _round_dir(state_dir: Path, number: int) -> Path:
     return state_dir / f"round-{number:05d}"
 
 
-@contextmanager
-def _without_weights(trainer: Trainer) -> Iterator[None]:
+def _without_weights(trainer: Trainer) -> AbstractContextManager[None]:
     """Checkpoints of the Trainer without weights and model card, neither written nor asked for."""
-    overrides = {
-        "save_model": _only_directory,
-        "create_model_card": _nothing,
-        "_load_from_checkpoint": _nothing,
-    }
-    vars(trainer).update(overrides)
-    try:
-        yield
-    finally:
-        for name in overrides:
-            vars(trainer).pop(name, None)
+    return instead(
+        trainer,
+        save_model=_only_directory,
+        create_model_card=_nothing,
+        _load_from_checkpoint=_nothing,
+    )
 
 
 def _only_directory(output_dir: str, **_: Any) -> None:

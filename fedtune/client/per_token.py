@@ -12,7 +12,7 @@ Over several processes the rows that a sampler repeats to fill the last batch do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import Trainer
 
 from fedtune.client.batches import IGNORED
 from fedtune.client.counter import held_out, size_of
+from fedtune.client.instead import instead
 from fedtune.client.score import HeldOut, Score
 
 __all__ = ["PerToken", "SetScore"]
@@ -76,11 +77,13 @@ class PerToken:
                     output.metrics[f"{prefix}_loss"] = found.loss
             return output
 
-        vars(self._trainer)["evaluation_loop"] = weighted
+        whole = _undropped(self._trainer)
+        self._replaced = instead(self._trainer, evaluation_loop=weighted, get_eval_dataloader=whole)
+        self._replaced.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        del vars(self._trainer)["evaluation_loop"]
+    def __exit__(self, *raised: Any) -> None:
+        self._replaced.__exit__(*raised)
 
     @property
     def prefixes(self) -> list[str]:
@@ -105,6 +108,20 @@ class PerToken:
             for key in set.intersection(*(set(one.means) for one in sets.values()))
         }
         return Score({**metrics, **means, "eval_loss": _mean(losses)}, size, sizes)
+
+
+def _undropped(trainer: Trainer) -> Callable[..., Any]:
+    """Its eval loader with the last, short batch, which `dataloader_drop_last` is not meant for."""
+    make = trainer.get_eval_dataloader
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        dropped, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
+        try:
+            return make(*args, **kwargs)
+        finally:
+            trainer.args.dataloader_drop_last = dropped
+
+    return whole
 
 
 class _Batches:
@@ -137,16 +154,15 @@ class _Batches:
                     self._logged.setdefault(key, []).append(values[-1])
             return result
 
-        vars(trainer)["prediction_step"] = recorded
+        methods: dict[str, Callable[..., Any]] = {"prediction_step": recorded}
         # Each process's own mean, over what the loss sees; a loss of one's own may need a count.
         args.average_tokens_across_devices = False
         if trainer.compute_loss_func is None:
-            vars(trainer)["_get_num_items_in_batch"] = lambda *_: None
+            methods["_get_num_items_in_batch"] = lambda *_: None
         try:
-            yield
+            with instead(trainer, **methods):
+                yield
         finally:
-            del vars(trainer)["prediction_step"]
-            vars(trainer).pop("_get_num_items_in_batch", None)
             args.average_tokens_across_devices = averaged
         self._replace_shown()
 

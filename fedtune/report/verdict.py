@@ -80,13 +80,15 @@ def headline(summary: Summary) -> str:
 def finding(summary: Summary) -> str:
     """What the comparison found, as far as it came."""
     series = summary.federated.mean.eval_loss
-    before, after = next(iter(series), None), last(series[1:])
+    before, after = summary.base_loss, last(series[1:])
+    if before is None:
+        before = next(iter(series), None)
     rounds = f"{summary.rounds} round{'' if summary.rounds == 1 else 's'}"
     if after is None:
         return f"No held-out loss was recorded in {rounds}."
     if worse := made_worse(summary):
         return f"{worse[0].upper()}{worse[1:]}."
-    gap = next((gap for gap in gaps(summary) if gap.arm == "centralized"), None)
+    gap = next((gap for gap in gaps(summary) if gap.arm != "local"), None)
     if gap is not None:
         return _of_gap(gap)
     if before is None:
@@ -99,13 +101,13 @@ def finding(summary: Summary) -> str:
 
 
 def _of_gap(gap: Gap) -> str:
-    size = text.percent(abs(gap.spread.mean or 0))
+    size, other = text.percent(abs(gap.spread.mean or 0)), gap.arm.replace("_", " ")
     if gap.is_equal:
-        return f"Federated loss ends equal to centralized {gap.samples}."
+        return f"Federated loss ends equal to {other} {gap.samples}."
     if gap.within_noise:
-        return f"No measurable gap to centralized: {size}, less than the seeds differ."
+        return f"No measurable gap to {other}: {size}, less than the seeds differ."
     side = "below" if gap.good else "above"
-    return f"Federated loss ends {size} {side} centralized {gap.samples}."
+    return f"Federated loss ends {size} {side} {other} {gap.samples}."
 
 
 def _samples(summary: Summary, arm: str) -> str:

@@ -26,6 +26,13 @@ TINY = [
 ]
 
 
+def demo_of(script: Path) -> Path:
+    """The YAML with what suits the model in the package."""
+    return script.with_name(
+        "demo.yaml" if script.stem == "lora_sft" else f"demo_{script.stem}.yaml"
+    )
+
+
 def tiny(script: Path) -> list[str]:
     """`TINY` for this recipe: ranks are named client by client."""
     return [*TINY, "--client_ranks", "2,4"] if script.stem == "mixed_ranks" else TINY

@@ -91,14 +91,20 @@ def test_without_a_comparison_the_loss_is_the_verdict(tmp_path: Path):
         ({"mean": -1.3, "std": 0.4}, "ends 1.3 % below centralized"),
         ({"mean": 0.3, "std": 0.4}, "No measurable gap"),
         ({"mean": 0.3, "std": None}, "ends 0.3 % above centralized"),
-        ({"mean": None, "std": None}, "lowers held-out loss"),
-        (float("nan"), "lowers held-out loss"),
+        ({"mean": None, "std": None}, "centralized large batch at equal samples"),
+        (float("nan"), "centralized large batch at equal samples"),
     ],
 )
 def test_headline(tmp_path: Path, gap: object, words: str):
     raw = made_up_summary()
     raw["verdict"]["gap_centralized_pct"] = gap
     assert words in headline(load(tmp_path, raw))
+
+
+def test_without_a_gap_the_loss_is_told_from_the_base_model(tmp_path: Path):
+    """Not from the initial adapter, which with a prompt method is worse than the base."""
+    raw = {"base_loss": 2.7, "arms": {"federated": {"eval_loss": [4.9, 2.5]}}}
+    assert "lowers held-out loss: 2.700 to 2.500 in 1 round" in headline(load(tmp_path, raw))
 
 
 def test_a_failed_control_is_said(tmp_path: Path):

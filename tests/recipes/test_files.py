@@ -10,7 +10,7 @@ import yaml
 
 from fedtune import launcher
 from tests.conftest import REPOSITORY
-from tests.recipes.runs import RECIPES, SCRIPTS, recipe, run_here
+from tests.recipes.runs import RECIPES, SCRIPTS, demo_of, recipe, run_here
 
 COMMENTED = re.compile(r"^[a-z_0-9]+: \S.*?\s+# \S.{9,}$")
 
@@ -29,13 +29,6 @@ def test_a_recipe_is_short_and_listed(script):
     assert len(text.splitlines()) <= 150
     assert f"python recipes/{script.name}" in text
     assert script.name in (REPOSITORY / "recipes" / "README.md").read_text()
-
-
-def demo_of(script):
-    """The YAML with what suits the model in the package."""
-    return script.with_name(
-        "demo.yaml" if script.stem == "lora_sft" else f"demo_{script.stem}.yaml"
-    )
 
 
 YAMLS = [

@@ -165,7 +165,7 @@ def _figure(height_in: float) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DRAFT_DPI)
     FigureCanvasAgg(figure)  # no pyplot: nothing global is opened or chosen
     top = 1 - 0.85 / height_in
-    figure.subplots_adjust(left=0.075, right=0.75, top=top, bottom=0.62 / height_in)
+    figure.subplots_adjust(left=0.075, right=0.735, top=top, bottom=0.62 / height_in)
     return figure
 
 

@@ -252,6 +252,7 @@ class Arguments:
     command: tuple[
         str, ...
     ] = ()  # this program and its flags, for clients in processes of their own
+    hints: tuple[str, ...] = ()  # what is said of the settings where nothing is wrong with them
 
     @property
     def seeds(self) -> list[int]:

@@ -22,6 +22,8 @@ from fedtune.signals import Stopped, interrupted_by, stoppable
 
 __all__ = ["launch", "quiet_libraries"]
 
+log = logging.getLogger(__name__)
+
 USAGE_ERROR, RUN_ERROR = 2, 1
 
 
@@ -96,6 +98,8 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
     silos = load_silos(args)
     with TemporaryDirectory() as scratch:
         first = prepare(args, args.seeds[0], silos, Path(scratch), build_model, build_trainer)
+        for hint in args.hints:
+            log.warning(hint)
         first.warn()
         if args.run.dry_run:
             print(describe_run(args, first))

@@ -66,7 +66,10 @@ def check_trainer_tokens(trainer: Any) -> None:
 def _beyond(model: Any, tokenizer: Any) -> Sizes | None:
     """Sizes where the tokenizer has tokens that the model lacks."""
     vocabulary = getattr(tokenizer, "get_vocab", None)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model without tokens, or of its own kind
+        return None
     weight = getattr(embeddings, "weight", None)
     if vocabulary is None or weight is None or not weight.shape[0]:  # none here: a shard of it
         return None

@@ -6,7 +6,6 @@ fedtune's defaults for HuggingFace settings (`hf_settings.DEFAULTS`), then the d
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,8 +30,6 @@ from fedtune.settings.recipe_yaml import demo_hint, rate_of_method
 from fedtune.settings.yaml_config import NotOfType, coerce, load_yaml, type_name
 
 __all__ = ["parse_arguments"]
-
-log = logging.getLogger(__name__)
 
 # Text fields that hold a list, or `k=v` pairs: YAML may write them as a number, list or mapping.
 COMMA_SEPARATED = {
@@ -89,21 +86,21 @@ def parse_arguments(
     given = {**_without_overruled(values, flags), **flags}
     if "seed" in given and "seeds" in given:
         raise ConfigError("--seed and --seeds are both set: --seed S is --seeds S. Keep --seeds.")
+    hints = []
     if file:
         given["config"] = str(file)
         rate = rate_of_method(values, flags)
         if rate is not None:
             given["learning_rate"] = rate
-            log.warning(
-                "--learning_rate %g, that of %s: the YAML has one for %s",
-                rate,
-                flags["peft_method"],
-                values.get("peft_method", "lora"),
+            meant = values.get("peft_method", "lora")
+            hints.append(
+                f"--learning_rate {rate:g}, that of {flags['peft_method']}: the YAML's is for {meant}"
             )
-        hint = None if "config" in flags else demo_hint(file, given.get("model_name_or_path"))
-        if hint:
-            log.warning(hint)
-    return _build(training_class, given, Path(recipe_file).stem if recipe_file else "fedtune")
+        if "config" not in flags:
+            hints += demo_hint(file, given.get("model_name_or_path"))
+    args = _build(training_class, given, Path(recipe_file).stem if recipe_file else "fedtune")
+    args.hints = tuple(hints)
+    return args
 
 
 def _config_file(flags: Mapping[str, Any], recipe_file: str | Path | None) -> Path | None:

@@ -31,17 +31,17 @@ def rate_of_method(values: Mapping[str, Any], flags: Mapping[str, Any]) -> float
     return None if method == meant or {method, meant} <= ALIKE else RATES[method]
 
 
-def demo_hint(file: Path, model: str | None) -> str | None:
-    """Where the settings for the embedded model are, if `file` is not meant for it."""
+def demo_hint(file: Path, model: str | None) -> list[str]:
+    """Where the settings for the embedded model are, if it is run with a `file` for another."""
     name = "demo.yaml" if file.stem == "lora_sft" else f"demo_{file.stem}.yaml"
     demo = file.with_name(name)
     if model is not None or not demo.is_file():
-        return None
-    return (
+        return []
+    return [
         f"the settings of {_shown(file)} are for a real model; those for the tiny one in the "
         f"package: --config {_shown(demo)}"
-    )
+    ]
 
 
 def _shown(file: Path) -> str:
-    return os.path.relpath(file)
+    return min(str(file), os.path.relpath(file), key=len)

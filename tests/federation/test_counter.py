@@ -11,9 +11,11 @@ from fedtune.client.counter import BatchCounter
 
 
 def trainer(shifted: bool) -> Any:
-    """The two things a counter touches; like a label smoother, the step takes the labels out."""
+    """The three things a counter touches; like a label smoother, the step takes the labels out."""
     return SimpleNamespace(
-        _loss_shifts_labels=shifted, training_step=lambda model, inputs: inputs.pop("labels")
+        model=None,
+        _loss_shifts_labels=shifted,
+        training_step=lambda model, inputs: inputs.pop("labels"),
     )
 
 
@@ -58,6 +60,7 @@ def test_a_step_of_ones_own_stays() -> None:
 
 def test_the_trainer_is_left_as_it_was() -> None:
     class Plain:
+        model = None
         _loss_shifts_labels = True
 
         def training_step(self, model: object, inputs: dict[str, Any]) -> None:

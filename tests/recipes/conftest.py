@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from filelock import FileLock
 
-from tests.recipes.runs import RECIPES, Done, demo_of, run_cli, tiny
+from tests.recipes.runs import RECIPES, Done, run_cli, tiny
 
 
 class Finished(NamedTuple):
@@ -32,8 +32,9 @@ def finished(request, tmp_path_factory) -> Finished:
     with FileLock(home / "lock"):
         printed = home / "printed.json"
         if not printed.is_file():
-            flags = ["--config", demo_of(script), *tiny(script), "--eval_fraction", "0.1"]
-            done = run_cli(script, *flags, "--compare", "all", "--output_dir", "out", cwd=home)
+            done = run_cli(
+                script, *tiny(script), "--compare", "all", "--output_dir", "out", cwd=home
+            )
             printed.write_text(json.dumps(done))
     done = Done(*json.loads(printed.read_text()))
     assert done.status == 0, done.err

@@ -34,8 +34,9 @@ def demo_of(script: Path) -> Path:
 
 
 def tiny(script: Path) -> list[str]:
-    """`TINY` for this recipe: ranks are named client by client."""
-    return [*TINY, "--client_ranks", "2,4"] if script.stem == "mixed_ranks" else TINY
+    """`TINY` for this recipe, with the tiny model's settings; ranks are named client by client."""
+    flags = ["--config", str(demo_of(script)), "--compare", "none", "--eval_fraction", "0.1", *TINY]
+    return [*flags, "--client_ranks", "2,4"] if script.stem == "mixed_ranks" else flags
 
 
 class Done(NamedTuple):

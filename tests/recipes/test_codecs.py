@@ -12,11 +12,8 @@ import sys
 import time
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.assets import MODEL_DIR
 from tests.recipes.runs import RECIPES, TINY, recipe, run_here, tiny, tree
 
 LORA = recipe("lora_sft")
@@ -30,8 +27,8 @@ def run(tmp_path, monkeypatch):
     """`run(name, *flags)` in `tmp_path/name`; returns the series of the federated arm."""
     monkeypatch.chdir(tmp_path)
 
-    def run(name, *flags, script=LORA):
-        done = run_here(script, *tiny(script), "--output_dir", name, *flags)
+    def run(name, *more, script=LORA, flags=None):
+        done = run_here(script, *(flags or tiny(script)), "--output_dir", name, *more)
         assert done.status == 0, done.err
         return series(tmp_path / name)
 
@@ -40,11 +37,18 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def half(tmp_path):
-    """The tiny model in bf16."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path / "half")
-    return ("--peft_method", "none", "--model_name_or_path", str(tmp_path / "half"))
+    """A recipe of somebody's own that trains the tiny model in bf16, which load_base would not."""
+    script = tmp_path / "half.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(LORA.parent)!r})\n"
+        "import fedtune, lora_sft\n"
+        "def build_model(args):\n"
+        "    model, tokenizer = lora_sft.build_model(args)\n"
+        "    return model.bfloat16(), tokenizer\n"
+        "fedtune.launch(build_model, lora_sft.build_trainer)\n"
+    )
+    return script
 
 
 def series(directory):
@@ -76,7 +80,8 @@ def test_each_recipe(codec, script, run):
 
 def test_a_model_in_bf16_travels_without_loss(half, run, tmp_path):
     """And in fewer bytes than its own, 2 a value."""
-    plain, coded = run("plain", *half), run("coded", *half, "--codec", "bf16")
+    script = {"script": half, "flags": ["--peft_method", "none", *TINY]}
+    plain, coded = run("plain", **script), run("coded", "--codec", "bf16", **script)
     assert coded["eval_loss"] == plain["eval_loss"]
     assert tree(tmp_path / "coded" / "model") == tree(tmp_path / "plain" / "model")
     assert coded["bytes_up"][-1] < coded["bytes_up_raw"][-1] == plain["bytes_up"][-1]

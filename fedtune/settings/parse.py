@@ -92,10 +92,8 @@ def parse_arguments(
         rate = rate_of_method(values, flags)
         if rate is not None:
             given["learning_rate"] = rate
-            meant = values.get("peft_method", "lora")
-            hints.append(
-                f"--learning_rate {rate:g}, that of {flags['peft_method']}: the YAML's is for {meant}"
-            )
+            method, meant = flags["peft_method"], values.get("peft_method", "lora")
+            hints.append(f"--learning_rate {rate:g}, that of {method}: the YAML's is for {meant}")
         if "config" not in flags:
             hints += demo_hint(file, given.get("model_name_or_path"))
     args = _build(training_class, given, Path(recipe_file).stem if recipe_file else "fedtune")

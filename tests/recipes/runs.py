@@ -27,7 +27,9 @@ TINY = [
 
 
 def demo_of(script: Path) -> Path:
-    """The YAML with what suits the model in the package."""
+    """The YAML with what suits the model in the package; a script of a test has lora_sft's."""
+    if script not in RECIPES:
+        return recipe("lora_sft").with_name("demo.yaml")
     return script.with_name(
         "demo.yaml" if script.stem == "lora_sft" else f"demo_{script.stem}.yaml"
     )

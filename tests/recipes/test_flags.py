@@ -11,7 +11,7 @@ import pytest
 from fedtune.compare import arms
 from fedtune.errors import RoundError
 from fedtune.server.store import RunStore
-from tests.recipes.runs import RECIPES, TINY, recipe, run_here, tiny, tree
+from tests.recipes.runs import RECIPES, recipe, run_here, tiny, tree
 
 LORA, MIXED = recipe("lora_sft"), recipe("mixed_ranks")
 
@@ -116,7 +116,7 @@ def test_an_interrupted_run_is_resumed(run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(RunStore, "on_round", interrupt)
-        done = run_here(LORA, *TINY, "--output_dir", "out")
+        done = run_here(LORA, *tiny(LORA), "--output_dir", "out")
     assert done.status == 130
     assert "--resume" in done.err
     ended = summary(tmp_path / "out")
@@ -164,7 +164,7 @@ def test_a_seed_and_an_arm_that_fail_leave_the_others(run, tmp_path, monkeypatch
     monkeypatch.setattr(RunStore, "on_round", fail)
     monkeypatch.setitem(arms._ARMS, "local", fail_in_seed_3)
     flags = ("--num_rounds", "1", "--seeds", "1,2,3", "--compare", "local")
-    done = run_here(LORA, *TINY, "--output_dir", "out", *flags)
+    done = run_here(LORA, *tiny(LORA), "--output_dir", "out", *flags)
     assert done.status == 1
     last = done.err.splitlines()[-1]
     assert last.startswith("error: 2 of 3 seeds failed: seed 2: round 1 failed 3 times")
@@ -195,7 +195,7 @@ def test_a_resumed_run_reads_what_the_first_one_read(tmp_path, monkeypatch):
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ("--train_file", "train.jsonl", "--eval_file", "eval.jsonl")
-    words = (*TINY, "--num_rounds", "1", "--steps_per_round", "1")
+    words = (*tiny(LORA), "--num_rounds", "1", "--steps_per_round", "1")
     assert run_here(LORA, *words, *files, "--output_dir", "out").status == 0
     told = summary(tmp_path / "out")["data"]["files"]
     for name in ("train.jsonl", "eval.jsonl"):

@@ -11,6 +11,9 @@ PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 OFFLINE := RAY_worker_niceness=0 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 HF_HUB_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 
+# Else glibc hands the memory of a large batch back after every step, and asks for it again.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000
+
 .PHONY: help install demo test test-slow lint bench clean
 .DEFAULT_GOAL := help
 
@@ -20,7 +23,8 @@ help: ## list the targets
 install: $(VENV)/.dev ## .venv with fedtune, its extras and the development tools
 
 demo: $(VENV)/.base ## federated LoRA beside centralized and local training, with a report
-	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python recipes/lora_sft.py --config recipes/demo.yaml
+	$(OFFLINE) $(KEEP_MEMORY) OMP_NUM_THREADS=1 $(VENV)/bin/python recipes/lora_sft.py \
+	--config recipes/demo.yaml
 
 test: $(VENV)/.dev ## the tests, without the slow ones
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"

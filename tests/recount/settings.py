@@ -8,8 +8,6 @@ POOLED = "centralized,centralized_large_batch"
 
 ONE = f"{POOLED},parity"
 
-# Chat rows are trained on the question too.
-OPEN = ("messages",)
 
 # One of each kind in less than a minute; the others are slow.
 FAST = (
@@ -49,6 +47,8 @@ SETTINGS = [
     Setting("drop last", drop_last=True, steps=0, epochs=1, train=22, arms=POOLED),
     Setting("several sets", recipe="several_sets", arms="centralized"),
     Setting("messages", kind="messages", arms="centralized"),
+    Setting("conversational", kind="conversational", arms="centralized"),
+    Setting("sharegpt", kind="sharegpt", arms="centralized"),
     Setting("classification", kind="labels", recipe="seq_cls_lora", train=36, arms="centralized"),
     Setting(
         "p-tuning",

@@ -11,12 +11,11 @@ from tests.recount.check_federated import check_federated
 from tests.recount.check_verdict import check_verdict
 from tests.recount.recount import Recount
 from tests.recount.runs import Run, run
-from tests.recount.settings import FAST, OPEN, SETTINGS
+from tests.recount.settings import FAST, SETTINGS
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    slow = [] if name in FAST else [pytest.mark.slow]
-    return [*slow, pytest.mark.xfail(strict=True)] if name in OPEN else slow
+    return [] if name in FAST else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from peft import PeftModel
 from torch import nn
 
+from fedtune.adapters.starts import rewrites_base
+
 __all__ = ["NEW_HEAD", "base_alone", "has_virtual_tokens"]
 
 NEW_HEAD = "fedtune_new_head"  # attribute of a base model whose head no checkpoint had
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # keys and values before the row, not tokens
-# These starts move a part of the base into the adapter: only both together are the base.
-REWRITES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def has_virtual_tokens(model: nn.Module | None) -> bool:
@@ -30,8 +30,8 @@ def base_alone(model: nn.Module) -> Iterator[None]:
 
     For a model as built, before anything is trained: biases and full models are trained in place.
     """
-    if not isinstance(model, PeftModel) or _rewrites(model):
-        yield
+    if not isinstance(model, PeftModel) or rewrites_base(vars(model.active_peft_config)):
+        yield  # adapter and rest of the base together are the base
         return
     if model.active_peft_config.is_prompt_learning:
         with _without_prompt(model):
@@ -61,8 +61,3 @@ def _without_prompt(model: PeftModel) -> Iterator[None]:
         del vars(model)["forward"]
         if before is not None:
             vars(model)["forward"] = before
-
-
-def _rewrites(model: PeftModel) -> bool:
-    start = getattr(model.active_peft_config, "init_lora_weights", None)
-    return isinstance(start, str) and start.lower().startswith(REWRITES)

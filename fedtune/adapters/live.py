@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedtune.adapters.manifest import FULL, Entry, Manifest, digest
 from fedtune.adapters.names import base_model, owned_tensors, static_tensors, trainable_tensors
+from fedtune.adapters.starts import refused_start
 from fedtune.errors import ManifestError
 
 __all__ = ["ADALORA", "describe"]
@@ -57,9 +58,9 @@ def describe(model: nn.Module, adapter_name: str = "default") -> Manifest:
     """The manifest of a PeftModel, or of a plain HuggingFace model that is trained in full.
 
     Raises:
-        ManifestError: AdaLoRA, a prompt method without an export, adapters injected without a
-            PeftModel, an unknown adapter name, nothing to train, or something that is trained but
-            that PEFT would not save.
+        ManifestError: AdaLoRA, a start that differs between sites (`starts.py`), a prompt method
+            without an export, adapters injected without a PeftModel, an unknown adapter name,
+            nothing to train, or something that is trained but that PEFT would not save.
     """
     config = _adapter_config(model, adapter_name)
     trainable = trainable_tensors(model, adapter_name)
@@ -124,6 +125,8 @@ def _adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     config: dict[str, Any] = json_able(copy.deepcopy(live).to_dict())
     if config["peft_type"] == "ADALORA":
         raise ManifestError(ADALORA)
+    if problem := refused_start(config):
+        raise ManifestError(problem)
     if live.is_prompt_learning and config["peft_type"] not in PROMPT_KINDS:
         raise ManifestError(
             f"Prompt method: expected one of {', '.join(PROMPT_KINDS)}, received "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedtune.adapters.starts import rewrites_base
 from fedtune.strategies.base import Properties
 
 __all__ = ["has_products", "why_not_config"]
@@ -27,8 +28,6 @@ NOT_BESIDE_THE_BASE = {
     "use_qalora": "A sees a pooled input, which the frozen weight does not",
     "ensure_weight_tying": "tied layers share one adapter, and an addition would reach one of them",
 }
-# PEFT changes the frozen weight by the first adapter, again wherever the adapter is loaded.
-CHANGED_WEIGHT = ("pissa", "corda", "olora", "loftq", "lora_ga")
 MICA = "mica"  # B stands still
 
 
@@ -50,12 +49,12 @@ def why_not_config(properties: Properties, config: Mapping[str, Any]) -> str | N
     for option, reason in wrong.items():
         if config.get(option):
             return f"{option}: {reason}"
-    start = str(config.get("init_lora_weights") or "").lower()
-    if by_products and start.startswith(CHANGED_WEIGHT):
+    start = rewrites_base(config)
+    if by_products and start:
         return (
             f"init_lora_weights {start}: PEFT takes the first adapter, at its rank, out of the "
             "frozen weight wherever it loads the adapter, whose rank the rule may change"
         )
-    if start == MICA and (by_products or properties.products == "exact"):
-        return f"init_lora_weights {start}: B stands still and A alone is trained"
+    if config.get("init_lora_weights") == MICA and (by_products or properties.products == "exact"):
+        return f"init_lora_weights {MICA}: B stands still and A alone is trained"
     return None

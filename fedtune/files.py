@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "read_object",
     "replace_directory",
     "sha256",
+    "to_json",
     "write_bytes",
     "write_json",
     "write_text",
@@ -43,6 +45,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; NaN and infinity are written as null by the caller."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON for what was measured: NaN and infinity, wherever they are, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from fedtune.files import append_line, read_json, replace_directory, write_json, write_text
+from fedtune.files import (
+    append_line,
+    read_json,
+    replace_directory,
+    to_json,
+    write_json,
+    write_text,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -67,3 +75,14 @@ def test_json_without_a_standard_form_is_not_written(tmp_path: Path) -> None:
         write_json(tmp_path / "j", {"a": float("nan")})
     assert read_json(tmp_path / "j") == {"a": [1, None]}
     assert names(tmp_path) == ["j"]
+
+
+def test_a_measured_value_that_is_not_finite_is_null() -> None:
+    nan, inf = float("nan"), float("inf")
+    found = to_json({"a": [nan, 1.5, (inf, -inf)], "b": {"c": nan}, "d": "nan", "e": True})
+    assert json.loads(found) == {
+        "a": [None, 1.5, [None, None]],
+        "b": {"c": None},
+        "d": "nan",
+        "e": True,
+    }

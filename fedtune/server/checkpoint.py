@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fedtune.adapters import Manifest, check
 from fedtune.errors import ConfigError
-from fedtune.files import read_json, replace_directory, write_text
+from fedtune.files import read_json, replace_directory, to_json, write_text
 from fedtune.strategies.lora.cumulative import Cumulative
 from fedtune.strategies.lora.manifests import joined
 
@@ -93,7 +92,7 @@ def save(directory: Path, state: ServerState) -> None:
         )
         save_file(_contiguous(state.base.tensors()), fresh / "base.safetensors")
         write_text(fresh / "manifest.json", state.manifest.to_json())
-        write_text(fresh / "state.json", _to_json(state))
+        write_text(fresh / "state.json", _plain(state))
     for old_directory in _rounds(directory)[:-KEPT]:
         shutil.rmtree(old_directory, ignore_errors=True)
 
@@ -133,7 +132,7 @@ def load_latest(directory: Path) -> ServerState | None:
         ) from None
 
 
-def _to_json(state: ServerState) -> str:
+def _plain(state: ServerState) -> str:
     plain = {
         "round": state.round,
         "control_clients": state.control_clients,
@@ -143,7 +142,7 @@ def _to_json(state: ServerState) -> str:
         "history": state.history,
         "best": state.best,
     }
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return to_json(plain) + "\n"
 
 
 def _rounds(directory: Path) -> list[Path]:

@@ -5,7 +5,6 @@ rounds.jsonl, attempts.jsonl (those at a round that failed), adapter/, best/, ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fedtune.adapters import FULL, export_adapter
 from fedtune.adapters.beside import Beside, put_beside
 from fedtune.adapters.export import NOTHING
 from fedtune.errors import RoundError
-from fedtune.files import append_line, write_text
+from fedtune.files import append_line, to_json, write_text
 from fedtune.server import checkpoint
 from fedtune.server.checkpoint import ServerState
 
@@ -60,7 +59,7 @@ class RunStore:
     def load(self) -> ServerState | None:
         """The last durable state; rounds.jsonl is cut back to it."""
         state = checkpoint.load_latest(self._checkpoints)
-        lines = [json.dumps(record) for record in state.history[1:]] if state else []
+        lines = [to_json(record) for record in state.history[1:]] if state else []
         write_text(self._directory / "rounds.jsonl", "".join(line + "\n" for line in lines))
         return state
 
@@ -82,13 +81,13 @@ class RunStore:
         if not state.round:
             checkpoint.save(self._checkpoints / "start", state)
         else:
-            append_line(self._directory / "rounds.jsonl", json.dumps(record, allow_nan=False))
+            append_line(self._directory / "rounds.jsonl", to_json(record))
         if state.round % self._save_every_rounds == 0 or state.round == self._num_rounds:
             checkpoint.save(self._checkpoints, state)
 
     def on_attempt(self, failure: dict[str, Any]) -> None:
         """Keep who was refused and why: the round may never come about."""
-        append_line(self._directory / "attempts.jsonl", json.dumps(failure, allow_nan=False))
+        append_line(self._directory / "attempts.jsonl", to_json(failure))
 
     def save(self, state: ServerState) -> None:
         """Make this round durable, whatever `save_every_rounds` says."""

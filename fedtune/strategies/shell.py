@@ -23,7 +23,7 @@ from fedtune.strategies.base import Method, Round
 from fedtune.strategies.gathering import Gathering, certifies, squared_distance
 from fedtune.strategies.lora.manifests import ranks_of
 from fedtune.strategies.outcome import Outcome, needed_replies, sample_clients
-from fedtune.strategies.scoring import mean_scores, scorers
+from fedtune.strategies.scoring import Row, mean_scores, scorers
 from fedtune.strategies.updates import (
     Expected,
     Refusal,
@@ -83,7 +83,7 @@ class FedStrategy(Strategy):
         self.pooled = pooled
         self.members: list[Member] = []
         self.node_of: Callable[[Message], int] = lambda reply: reply.metadata.src_node_id
-        self.scores: list[dict[str, float | str]] = []
+        self.scores: list[Row] = []
         self.client_rounds: Mapping[str, int] = {}
         self.tasks: dict[str, RoundTask] = {}
         self.outcome = Outcome(asked=[])

@@ -139,10 +139,12 @@ def plausible(value: object) -> float | None:
 
 
 def finite_or_none(value: object) -> float | None:
-    """The number, or None when it is missing, NaN or infinite."""
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return None
+    """The number, or None when it is missing, NaN, infinite or beyond fp64."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def one_line(text: str | None, limit: int = 300) -> str:

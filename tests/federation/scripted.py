@@ -53,10 +53,12 @@ class Script:
         set_up_as: name that every client gives itself at set-up; by default its own.
         evaluated: first value of `b` at each evaluation.
         eval_loss: eval loss of the global parameters.
+        scores: what else a client says of them.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     eval_loss: Callable[[dict[str, Tensor]], float] = lambda params: 1.0
+    scores: Callable[[str], dict[str, float]] = lambda client: {}
     initial: Callable[[], dict[str, Tensor]] = first_params
     set_up_as: str | None = None
     tasks: list[tuple[str, RoundTask]] = field(default_factory=list)
@@ -102,6 +104,7 @@ class Script:
             params = params_of(message.content.array_records["arrays"])
             self.evaluated.append(float(params["b"][0]))
             metrics = {"eval_loss": self.eval_loss(params), "num-examples": 5}
+            metrics |= self.scores(name_of(context))
             config = {"round": message.content.config_records["config"]["round"]}
             return Message(pack(metrics=metrics, config=config), reply_to=message)
 

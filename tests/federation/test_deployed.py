@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,23 @@ def test_a_failure_is_the_last_word(tmp_path: Path) -> None:
 def test_without_settings_nothing_runs(tmp_path: Path) -> None:
     with in_a_task(), pytest.raises(ConfigError, match="expected the file that fedtune submit"):
         app(ScriptedGrid(Deployment().app(), 1), Context(7, 1, {}, RecordDict(), {}))
+
+
+def undefined(client: str) -> dict[str, float]:
+    """client-1 has no row of a class: its F1 is no number."""
+    value = float("nan") if client == "client-1" else 0.5
+    return {"eval_f1": value, "eval_ratio": 1 / value if client == "client-0" else float("inf")}
+
+
+def test_a_metric_that_is_undefined_at_one_site_is_null(tmp_path: Path) -> None:
+    run(submission(tmp_path), Deployment(scores=undefined))
+    assert read_json(tmp_path / FEDERATION)["state"] == "done"
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["eval_loss"] for line in lines] == [1.0] * 3
+    assert lines[0]["eval_metrics"] == {"eval_f1": None, "eval_ratio": None}
+    own = {row["client"]: row["eval_f1"] for row in lines[0]["eval_clients"]}
+    assert own == {"client-0": 0.5, "client-1": None}
+    run(submission(tmp_path, resume=True, num_rounds=4), Deployment(scores=undefined))
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 4
+    settle(tmp_path)
+    assert "NaN" not in (tmp_path / "summary.json").read_text()

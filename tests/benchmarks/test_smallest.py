@@ -19,7 +19,7 @@ SMALLEST = {
     "codec_loss": (["--extra", ONE_RUN], ["nf4"]),
     "codecs": (["--mb", "1", "--peers"], ["int8", "nf4", "bitsandbytes"]),
     "lossless": (["--mb", "1", "--rounds", "1", "--rates", "1e-4"], ["0.0001"]),
-    "methods": (["--extra", "--num_rounds 1 --steps_per_round 1"], ["fedavg", "median"]),
+    "methods": (["--extra", "--num_rounds 1 --max_rows 400"], ["fedavg", "median"]),
     "overhead": (
         ["--steps", "4", "--rounds", "2", "--pairs", "1", "--short", "2", "--clients", "2,3"],
         ["trainer", "round", "fold"],

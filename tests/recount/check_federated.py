@@ -139,7 +139,8 @@ def federated_losses(it: Recount) -> None:
         it.expect("the last eval_loss", said["eval_loss"][-1], last, LOSS)
         it.losses["federated"] = [*said["eval_loss"][:-1], last]
         return
-    scores = [it.own_score(parts[0].start) for parts in it.rounds]
+    # of clients with different ranks the last has the highest: the others get a part of the global
+    scores = [it.own_score(parts[-1].start) for parts in it.rounds]
     ours = [score.loss for score in scores]
     for key in ("eval_mean_token_accuracy", "eval_accuracy"):
         for one, score in zip(said.get(key, ()), scores, strict=False):

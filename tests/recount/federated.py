@@ -111,10 +111,17 @@ def known_rows(run: Run) -> dict[Row, Encoded]:
 
 
 def step_loss(run: Run, model: object, step: Step) -> float:
-    """Loss per label token of the rows of an optimizer step, at the tensors it began with."""
+    """Loss of the rows of an optimizer step, at the tensors it began with, as a Trainer has it.
+
+    A Trainer divides by the labels behind a row's first token. Virtual tokens make a label of that
+    one too where it belongs to the answer: then its loss is a little above that of a label token.
+    """
     known = known_rows(run)
     rows = [known[row] for row in step.rows]
-    return oracle.loss_per_token(model, rows, tensors=step.before, smoothing=run.setting.smoothing)
+    score = oracle.score(model, rows, tensors=step.before, smoothing=run.setting.smoothing)
+    if run.setting.kind == "labels":
+        return score.loss
+    return score.loss * score.tokens / sum(targets(row) for row in rows)
 
 
 @cache

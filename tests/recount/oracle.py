@@ -18,10 +18,11 @@ from tests.recount.rows import Encoded
 
 
 class Score(NamedTuple):
-    """Of held-out rows: mean loss of a label token, and share of those that are the likeliest."""
+    """Of rows: mean loss of a label token, share of those that are the likeliest, their number."""
 
     loss: float
     accuracy: float
+    tokens: int
 
 
 def loss_per_token(model: nn.Module, rows: Iterable[Encoded], **more: Any) -> float:
@@ -71,7 +72,7 @@ def score(
     finally:
         handle.remove()
         model.train(was_training)
-    return Score(loss / count, hits / count)
+    return Score(loss / count, hits / count, count)
 
 
 def put(model: nn.Module, tensors: Tensors) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedtune.deploy.waiting import START_S, Waiting
 from fedtune.errors import RoundError
 from fedtune.files import read_json
 from fedtune.report.progress import Progress
@@ -17,32 +18,43 @@ __all__ = ["follow"]
 
 POLL_S = 0.2
 ALIVE_S = 10.0  # asking Flower costs a second of CPU
+ALIVE_SHARE = 10.0  # on a busy host many: what is waited for should get most of the CPU
 AGAIN_S = 0.5
 DOUBTS = 3
 
 
 def follow(
-    directory: Path, num_rounds: int, problem: Callable[[], str | None], *, since: float
+    directory: Path,
+    num_rounds: int,
+    problem: Callable[[], str | None],
+    *,
+    since: float,
+    start_timeout_s: float = START_S,
 ) -> None:
     """Show waiting sites and finished rounds until the run is over.
 
     Args:
         problem: why the run cannot go on although its ServerApp says nothing, or None.
         since: what was written before this time (seconds since 1970) is of an earlier run.
+        start_timeout_s: how long the ServerApp may take to its first word.
 
     Raises:
+        NotStarted: the ServerApp has not said a word for too long; it may still come.
         RoundError: the run failed, or its ServerApp is gone.
     """
-    shown, asked = "", time.monotonic()
+    shown, asked, pause_s = "", time.monotonic(), ALIVE_S
     known: set[str] = set()
     doubts = 0
+    waiting = Waiting(start_timeout_s)
     with Progress(num_rounds, "rounds") as progress:
         if earlier := len(_rounds(directory)):  # of a run that is resumed
             progress.advance(earlier)
         while True:
             state = _read(directory / FEDERATION, since)
             rounds = _rounds(directory) if state else []
-            shown = _show_sites(state, shown, known)
+            before, shown = shown, _show_sites(state, shown, known)
+            if shown != before or len(rounds) > progress.done:
+                waiting.news()
             for record in rounds[progress.done :]:
                 _show_trouble(record)
                 progress.advance(1, **_facts(record))
@@ -50,17 +62,20 @@ def follow(
                 return
             if state.get("state") in ("failed", "stopped"):
                 raise RoundError(f"{state['error']}")
-            if time.monotonic() - asked > (AGAIN_S if doubts else ALIVE_S):
-                asked = time.monotonic()
+            waiting.look(state, len(rounds) + 1, num_rounds)
+            if time.monotonic() - asked > (AGAIN_S if doubts else pause_s):
+                began = time.monotonic()
                 reason = problem()
+                asked = time.monotonic()
+                pause_s = max(ALIVE_S, ALIVE_SHARE * (asked - began))
                 # a busy machine may fail to answer once; and what the server wrote last may have
                 # come after the last look
                 same = _read(directory / FEDERATION, since) == state
                 doubts = doubts + 1 if reason and same else 0
                 if doubts == DOUBTS:
+                    where = f"in round {len(rounds) + 1}" if state else "before it had started"
                     raise RoundError(
-                        f"the server ended in round {len(rounds) + 1} without a word "
-                        f"({str(reason).rstrip('.')})."
+                        f"the server ended {where} without a word ({str(reason).rstrip('.')})."
                     )
             time.sleep(POLL_S)
 

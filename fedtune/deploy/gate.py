@@ -62,6 +62,9 @@ def main() -> None:
     """Run `flower-superlink` behind the gate."""
     import uvicorn
 
+    from fedtune.engines._compat import launch_runs_once
+
+    launch_runs_once()
     serve: Callable[..., None] = uvicorn.run
 
     def serve_gated(*, app: App, **settings: Any) -> None:

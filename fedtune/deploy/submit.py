@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import secrets
@@ -27,6 +28,7 @@ from fedtune.deploy.connection import Connection
 from fedtune.deploy.follow import follow
 from fedtune.deploy.register import remember_run
 from fedtune.deploy.runs import list_runs
+from fedtune.deploy.waiting import START_S, NotStarted
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_object
 from fedtune.lists import split_names
@@ -54,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--join_timeout_s", type=float, default=600.0, help="how long to wait for them (600)"
+    )
+    parser.add_argument(
+        "--start_timeout_s",
+        type=float,
+        default=START_S,
+        metavar="S",
+        help=f"how long the run's own process may take to start ({START_S:g})",
     )
     for group in (FederationArguments, TransportArguments):
         hints = get_type_hints(group)
@@ -115,9 +124,16 @@ def run(args: argparse.Namespace) -> int:
         )
         try:
             follow(
-                directory, federation.num_rounds, lambda: run_problem(link, run_id), since=started
+                directory,
+                federation.num_rounds,
+                lambda: run_problem(link, run_id),
+                since=started,
+                start_timeout_s=args.start_timeout_s,
             )
         except RoundError as error:
+            if isinstance(error, NotStarted):
+                with contextlib.suppress(DeployError):  # why it is given up is the news
+                    link.flwr("stop", run_id)
             _report(directory)
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -147,8 +163,13 @@ def run_problem(link: Connection, run_id: str) -> str | None:
         runs = link.flwr("list", "--run-id", run_id)["runs"]
     except DeployError as error:
         return str(error)
-    status = str(runs[0]["status"]) if runs else "unknown run"
-    return None if status.split(":")[0] in ("pending", "starting", "running") else status
+    if not runs:
+        return "unknown run"
+    status = str(runs[0]["status"])
+    if status.split(":")[0] in ("pending", "starting", "running"):
+        return None
+    details = str(runs[0].get("status-details") or "")
+    return status if details in ("", "N/A") else details
 
 
 def _checked(args: argparse.Namespace) -> tuple[FederationArguments, TransportArguments]:
@@ -157,8 +178,9 @@ def _checked(args: argparse.Namespace) -> tuple[FederationArguments, TransportAr
 
     if args.min_clients < 1:
         raise ConfigError(f"--min_clients: expected at least 1, received {args.min_clients}.")
-    if not 0 < args.join_timeout_s < math.inf:
-        raise ConfigError(f"--join_timeout_s: expected seconds > 0, received {args.join_timeout_s}")
+    for flag in ("join_timeout_s", "start_timeout_s"):
+        if not 0 < getattr(args, flag) < math.inf:
+            raise ConfigError(f"--{flag}: expected seconds > 0, received {getattr(args, flag)}.")
     _check_adapter(args.init_adapter)
     federation = FederationArguments(
         num_clients=args.min_clients, **_given(args, FederationArguments)

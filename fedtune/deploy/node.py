@@ -23,6 +23,7 @@ from fedtune.deploy.parent import die_with_parent
 from fedtune.engines._compat import (
     TESTED,
     NodeOptions,
+    RunWatch,
     flower_version,
     hash_app,
     is_tested,
@@ -30,7 +31,8 @@ from fedtune.engines._compat import (
     run_untested_supernode,
 )
 from fedtune.errors import ConfigError, FedtuneError, SiteError
-from fedtune.relay.site import ENVIRONMENT
+from fedtune.relay.folder import Over, RunFolder
+from fedtune.relay.site import ENVIRONMENT, SiteFolder
 
 __all__ = ["add_arguments", "main", "run_node"]
 
@@ -118,7 +120,11 @@ def run_node(
         )
         run_untested_supernode(options)
     run_supernode(
-        options, check=_checker(app_hash(app)), load=_loader(client), bind=die_with_parent
+        options,
+        check=_checker(app_hash(app)),
+        load=_loader(client),
+        bind=die_with_parent,
+        watch=_watch(SiteFolder(options.folder)),
     )
 
 
@@ -150,6 +156,24 @@ def _options(args: argparse.Namespace) -> NodeOptions:
         folder=args.site.resolve(),
         port=args.runtime_port,
     )
+
+
+def _watch(site: SiteFolder) -> RunWatch:
+    """Notes which runs are over; a script that has trained is kept, should its run be continued."""
+
+    def open_runs() -> dict[str, RunFolder]:
+        return {
+            folder.flower_run: folder
+            for folder in site.planned()
+            if not folder.is_over and folder.over is None
+        }
+
+    def over(run: str, reason: str) -> None:
+        folder = open_runs().get(run)
+        if folder is not None:
+            folder.write_over(Over(run, reason, at_once=folder.progress.round == 0))
+
+    return RunWatch(open_runs, over)
 
 
 def _checker(expected: str) -> Callable[[bytes], None]:

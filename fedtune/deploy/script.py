@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.deploy.processes import COLOURS, Part, Supervisor
 from fedtune.errors import SiteError
-from fedtune.relay.folder import ENVIRONMENT, RunFolder, SitePlan
+from fedtune.relay.folder import ENVIRONMENT, Over, RunFolder, SitePlan
 
 __all__ = ["LogLines", "Script", "without_bars"]
 
@@ -66,6 +66,8 @@ class Script:
         Trainer.
         """
         self._tell()
+        if (over := self._folder.over) is not None and over.at_once and not self.finished:
+            return self._cut_off(over)
         status = self._part.status
         if status is None or not self._settled():
             return None
@@ -95,6 +97,15 @@ class Script:
         self._folder.write_exit_status(status, reason)
         return status
 
+    def _cut_off(self, over: Over) -> int:
+        """End a script that the server's goodbye did not reach; its status."""
+        self._parts.stop(self._part)
+        self._tell(rest=True)
+        where = f"after round {self._round}" if self._round else "before its first round here"
+        self._say(f"run {self.run} over {where} ({over.reason}); the script was ended")
+        self._folder.write_exit_status(1, f"the run is over: {over.reason}")
+        return 1
+
     def abandon(self, reason: str) -> None:
         """Say that this script will answer no more; its process is left to the supervisor."""
         if self._folder.exit_status is None:
@@ -105,6 +116,7 @@ class Script:
             ENVIRONMENT: str(self._folder.path),
             "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
         }
+        self._folder.note_start()
         part = self._parts.start(TRAINER, self._command, env=environment)
         return part, LogLines(part.log, part.log_start)
 

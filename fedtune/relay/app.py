@@ -8,25 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, SiteError
-from fedtune.relay.folder import Progress, RunFolder, SitePlan
-from fedtune.relay.frames import encode
-from fedtune.relay.link import ask
+from fedtune.relay.folder import Over, Progress, RunFolder, SitePlan
+from fedtune.relay.frames import STARTING, encode
+from fedtune.relay.link import StillStarting, ask
 from fedtune.relay.site import SiteFolder
 from fedtune.transport.packing import packed
 
 __all__ = ["app"]
+
+PATIENCE_S = 10.0  # with a script that starts; below the server's with its goodbye
 
 app = ClientApp(mods=[packed])
 
 
 @app.query("plan")
 def plan(message: Message, context: Context) -> Message:
-    """Accept or refuse a run; acceptance starts the site's script."""
-    return _relay(message, context, lambda site: _begin(message, context, site))
+    """Accept or refuse a run; acceptance starts the site's script.
+
+    While that starts the answer is that it does, and the server asks again: a node takes one
+    message at a time, and should hear of the run's end meanwhile.
+    """
+    site = SiteFolder.find(context.node_config)
+    try:
+        return _relay(
+            message, context, lambda site: _begin(message, context, site), patience_s=PATIENCE_S
+        )
+    except StillStarting:
+        starting = ConfigRecord({"client": site.name, STARTING: True})
+        return Message(RecordDict({"config": starting}), reply_to=message)
 
 
 @app.query("initial")
@@ -51,16 +64,29 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query("finish")
 def finish(message: Message, context: Context) -> Message:
-    """Let the trainer end; after its answer the site is free for the next run."""
-    reply = hand_on(message, context)
-    folder = SiteFolder.find(context.node_config).run(_run(message))
+    """Let the trainer end; after its answer the site is free for the next run.
+
+    A script that has no trainer yet would not hear it: `fedtune join` ends it.
+    """
+    site = SiteFolder.find(context.node_config)
+    folder = site.known(_run(message))
     reason = str(_config(message).get("reason", "done"))
+    if folder is None or not folder.lock.exists():
+        if folder is not None:
+            folder.write_over(Over(folder.flower_run, reason, at_once=True))
+        return Message(
+            RecordDict({"config": ConfigRecord({"client": site.name})}), reply_to=message
+        )
+    reply = hand_on(message, context)
     folder.write_progress(Progress(folder.progress.round, finished=True, reason=reason))
     return reply
 
 
 def _relay(
-    message: Message, context: Context, folder_of: Callable[[SiteFolder], RunFolder]
+    message: Message,
+    context: Context,
+    folder_of: Callable[[SiteFolder], RunFolder],
+    patience_s: float | None = None,
 ) -> Message:
     """The trainer's reply; whatever goes wrong, Flower tells the server with the site's name."""
     site = SiteFolder.find(context.node_config)
@@ -70,7 +96,10 @@ def _relay(
             encode(message.metadata.message_type, message.content),
             start_timeout_s=site.limits.start_timeout_s,
             timeout_s=message.metadata.ttl,  # a later reply would be refused by the SuperLink
+            patience_s=patience_s,
         )
+    except StillStarting:
+        raise
     except FedtuneError as error:
         raise SiteError(f"site {site.name}: {error}") from None
     if reply.error is not None:

@@ -8,13 +8,17 @@ replies/        the last replies, by request key
 status.json     what the trainer is doing, for people
 progress.json   what the relay has handed on: the last round, and whether the run is over
 flower.json     which of Flower's runs goes on here
+started         touched when the script is started
+over.json       that the run is over at the server, where the trainer has not heard it
 ended.json      the script's exit status, once it will not be started again
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from typing import Any
 from fedtune.errors import ConfigError
 from fedtune.files import read_json, write_json
 
-__all__ = ["ENVIRONMENT", "Progress", "RunFolder", "SitePlan"]
+__all__ = ["ENVIRONMENT", "Over", "Progress", "RunFolder", "SitePlan"]
 
 ENVIRONMENT = "FEDTUNE_SESSION"  # names the folder to a trainer that `fedtune join` starts
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux, without the closing zero
@@ -67,6 +71,21 @@ class Progress:
     round: int = 0
     finished: bool = False
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Over:
+    """A run that is over at the server.
+
+    Attributes:
+        flower_run: Flower's id of it.
+        reason: in words.
+        at_once: whether the script is ended; else it is kept, for a run that continues this one.
+    """
+
+    flower_run: str
+    reason: str
+    at_once: bool
 
 
 class RunFolder:
@@ -147,6 +166,34 @@ class RunFolder:
     def write_flower_run(self, run_id: str) -> None:
         """Note which of Flower's runs goes on here."""
         write_json(self.path / "flower.json", {"run": run_id})
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the trainer has heard of the end, or its script has ended."""
+        return self.exit_status is not None or self.progress.finished
+
+    @property
+    def over(self) -> Over | None:
+        """That the run which goes on here is over at the server, or None."""
+        plain = self._read("over.json")
+        over = None if plain is None else Over(**plain)
+        return over if over and over.flower_run == self.flower_run else None
+
+    def write_over(self, over: Over) -> None:
+        """Note that the run is over at the server."""
+        write_json(self.path / "over.json", asdict(over))
+
+    @property
+    def starting_s(self) -> float:
+        """Seconds since the script was started; since the plan came, where it was not yet."""
+        for name in ("started", "plan.json"):
+            with contextlib.suppress(FileNotFoundError):
+                return max(0.0, time.time() - (self.path / name).stat().st_mtime)
+        return 0.0
+
+    def note_start(self) -> None:
+        """The script is started, perhaps again."""
+        (self.path / "started").touch()
 
     @property
     def status(self) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.errors import FrameError
 
-__all__ = ["MAX_FRAME_BYTES", "Frame", "decode", "encode", "request_key"]
+__all__ = ["MAX_FRAME_BYTES", "STARTING", "Frame", "decode", "encode", "request_key"]
 
 MAX_FRAME_BYTES = 2**31 - 1  # what one message of multiprocessing.connection holds
+STARTING = "starting"  # in the config of a reply: the trainer is not there yet
 VERSION = 1
 LENGTH = struct.Struct(">I")
 

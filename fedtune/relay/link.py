@@ -18,7 +18,7 @@ from fedtune.errors import FrameError, SiteError
 from fedtune.relay.folder import RunFolder
 from fedtune.relay.frames import MAX_FRAME_BYTES, Frame, decode, request_key
 
-__all__ = ["ask"]
+__all__ = ["StillStarting", "ask"]
 
 RETRY_S = 0.1  # between attempts to connect
 WATCH_S = 0.5  # while a reply is awaited: how often to see whether the script still lives
@@ -26,14 +26,27 @@ SILENCE_S = 60.0  # a peer that is there moves at least one byte in this time
 TIMEVAL = struct.Struct("@ll")
 
 
-def ask(folder: RunFolder, frame: bytes, *, start_timeout_s: float, timeout_s: float) -> Frame:
+class StillStarting(SiteError):
+    """The trainer is not there yet, and may come."""
+
+
+def ask(
+    folder: RunFolder,
+    frame: bytes,
+    *,
+    start_timeout_s: float,
+    timeout_s: float,
+    patience_s: float | None = None,
+) -> Frame:
     """Send `frame` to the trainer of `folder` and return its reply; `Frame.error` is not raised.
 
     Args:
         start_timeout_s: how long the trainer may be absent at a stretch (it loads a model).
         timeout_s: how long the whole request may take.
+        patience_s: how long to wait here for a trainer that starts; None: until it is there.
 
     Raises:
+        StillStarting: it has not come in `patience_s`, and has time left.
         SiteError: the trainer stays away, the script has ended, the key is wrong, or time is up.
         FrameError: the request is too large, or the reply is no message.
         ConfigError: the socket's path is too long.
@@ -64,7 +77,12 @@ def ask(folder: RunFolder, frame: bytes, *, start_timeout_s: float, timeout_s: f
                 f"trainer: expected a reply within {timeout_s:g} s, received none ({_say(problem)})"
                 ". It may hang: look at the site's trainer.log, or give rounds more time."
             )
-        if now - absent_since >= start_timeout_s:
+        absent_s = now - absent_since
+        if patience_s is not None and absent_s >= patience_s:
+            absent_s = folder.starting_s
+            if absent_s < start_timeout_s:
+                raise StillStarting("trainer: is starting. It is asked again.")
+        if absent_s >= start_timeout_s:
             raise SiteError(
                 f"trainer: expected a Trainer patched by fedtune within {start_timeout_s:g} s, "
                 f"received none ({_say(problem)}). Look at the site's trainer.log; the script has "

@@ -84,10 +84,15 @@ class SiteFolder:
 
     def run(self, run: str) -> RunFolder:
         """The folder of a run that has begun here. Raises SiteError."""
-        folder = self._folder(run)
-        if folder.plan is None:
+        folder = self.known(run)
+        if folder is None:
             raise SiteError(f"run {run}: has not begun at this site. Send query.plan first.")
         return folder
+
+    def known(self, run: str) -> RunFolder | None:
+        """The folder of a run that has begun here, or None."""
+        folder = self._folder(run)
+        return None if folder.plan is None else folder
 
     def begin(self, plan: SitePlan, flower_run: str) -> RunFolder:
         """Accept `plan`, which starts the site's script, or find the run that it began before.
@@ -118,7 +123,13 @@ class SiteFolder:
             return folder
         check_plan(plan, limits)
         for other in self.planned():
-            if other.path != folder.path and not _over(other):
+            if other.path != folder.path and not other.is_over:
+                if (over := other.over) is not None:
+                    other.write_over(replace(over, at_once=True))
+                    raise SiteError(
+                        f"run {plan.run}: this site ends the script of run {other.path.name}, "
+                        "which is over. It is asked again."
+                    )
                 raise SiteError(
                     f"run {plan.run}: this site is busy with run {other.path.name} (round "
                     f"{other.progress.round}). Wait until that has ended, stop it, or start "
@@ -144,10 +155,6 @@ class SiteFolder:
         return RunFolder(self.runs / run)
 
 
-def _over(folder: RunFolder) -> bool:
-    return folder.exit_status is not None or folder.progress.finished
-
-
 def _continues(folder: RunFolder, flower_run: str) -> bool:
     """Whether the folder's script is the one to ask: the same run, or one that still waits."""
-    return folder.flower_run == flower_run or not _over(folder)
+    return folder.flower_run == flower_run or not folder.is_over

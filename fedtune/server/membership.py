@@ -18,6 +18,7 @@ from flwr.app import Message, RecordDict
 
 from fedtune.adapters import Manifest
 from fedtune.errors import RoundError
+from fedtune.relay.frames import STARTING
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
@@ -46,6 +47,7 @@ class _Node:
     """How far a node has come."""
 
     stage: Stage = "new"
+    name: str = ""  # once it has told it
     pending: str = ""
     member: Member | None = None
     manifest: Manifest | None = None
@@ -84,6 +86,7 @@ class Membership:
         self._shown: list[dict[str, Any]] = []
         self._nodes: dict[int, _Node] = {}
         self._met: dict[int, Member] = {}  # knew the plan once, so that a trainer waits there
+        self._told: set[int] = set()  # of the plan, so that a trainer may start there
         self._state: ServerState | None = None
 
     @property
@@ -132,14 +135,14 @@ class Membership:
                 self._nodes.pop(number, None)
 
     def finish(self, reason: str, state: ServerState | None, personal: Collection[str]) -> None:
-        """Tell all that ever knew the plan that the run is over, refused ones too; wait not long.
+        """Tell all that were ever asked that the run is over, refused ones too; wait not long.
 
         Args:
             state: what they end with; without one they keep what they have.
             personal: parameters that a client keeps as they are once it has trained.
         """
         try:
-            there = self._met.keys() & set(self._grid.get_node_ids())
+            there = self._told & set(self._grid.get_node_ids())
             contents = self._goodbyes(sorted(there), reason, state, personal)
             messages = [Message(content, node, FINISH) for node, content in contents.items()]
             for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
@@ -160,16 +163,17 @@ class Membership:
         goodbye: dict[str, str | int] = {"run": run, "round": number, "reason": reason}
         if state is None:
             return {node: pack(config=goodbye) for node in nodes}
+        strangers = {node: pack(config=goodbye) for node in nodes if node not in self._met}
         views = Views(state.params, to_arrays(state.params), "end")
         base = to_arrays(state.base.sent(state.params)) if state.base.terms else None
         contents = {}
-        for node in nodes:
+        for node in self._met.keys() & set(nodes):
             member = self._met[node]
             trained = state.client_rounds.get(member.name, 0)
             arrays = views.record(member.manifest, personal if trained else ())
             config = {**goodbye, "resume_round": trained}
             contents[node] = pack(arrays=arrays, base=base, config=config)
-        return contents
+        return contents | strangers
 
     def _at(self, stage: Stage) -> list[Member]:
         found = [node.member for node in self._nodes.values() if node.stage == stage]
@@ -226,6 +230,7 @@ class Membership:
         due = node.stage == "refused" and time.monotonic() > node.retry_at
         if node.stage == "new" or due:
             node.stage = "asked"
+            self._told.add(number)
             self._push(number, node, Message(pack(config=self._plan.record()), number, PLAN))
         elif node.stage == "planned" and self._state is not None:
             # A site with another adapter is asked too: it then says so in its own log, and ends.
@@ -251,6 +256,8 @@ class Membership:
         node.pending, node.seen = "", time.monotonic()
         if reply.has_error():
             self._refuse(number, node, self._ranks(node) or one_line(reply.error.reason))
+        elif config_of(reply.content).get(STARTING):
+            node.stage, node.name = "new", str(config_of(reply.content)["client"])
         elif node.stage == "asked":
             config = config_of(reply.content)
             name = str(config["client"])
@@ -292,7 +299,7 @@ class Membership:
     def _refuse(self, number: int, node: _Node, problem: str) -> None:
         node.stage, node.problem = "refused", problem
         node.retry_at = time.monotonic() + RETRY_S
-        name = node.member.name if node.member else f"node {number}"
+        name = node.member.name if node.member else node.name or f"node {number}"
         log.warning("%s cannot take part: %s", name, problem)
 
 
@@ -302,5 +309,5 @@ def _objection(expected: Manifest, built: Manifest | None) -> str:
 
 
 def _row(number: int, node: _Node) -> dict[str, Any]:
-    name = node.member.name if node.member else f"node {number}"
+    name = node.member.name if node.member else node.name or f"node {number}"
     return {"client": name, "state": node.stage, "problem": node.problem or None}

@@ -1,7 +1,8 @@
 """In place of a site's node: asks the relay's ClientApp itself, as FAKE_NODE says.
 
-FAKE_NODE is a list of words: `plan:7`, `train:7:1`, `finish:7:3` (run 7, round 1 or 3), `die_once`,
-`die`. What comes back is appended to the file FAKE_NODE_LOG, an object a line.
+FAKE_NODE is a list of words: `plan:7`, `train:7:1`, `finish:7:3` (run 7, round 1 or 3), `over:7`
+(the node has heard that run 7 has ended), `brief` (little patience with a script that starts),
+`die_once`, `die`. What comes back is appended to the file FAKE_NODE_LOG, an object a line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import time
 from pathlib import Path
 
 from fedtune.files import append_line
-from fedtune.relay.site import ENVIRONMENT
+from fedtune.relay.folder import Over
+from fedtune.relay.site import ENVIRONMENT, SiteFolder
 
 
 def act(word: str, log: Path) -> None:
@@ -25,6 +27,17 @@ def act(word: str, log: Path) -> None:
         print("no power", flush=True)
         os._exit(3)
     if kind == "die_once":
+        return
+    if kind == "brief":
+        from fedtune.relay import app
+
+        app.PATIENCE_S = 0.5
+        return
+    if kind == "over":
+        folder = SiteFolder(Path(os.environ[ENVIRONMENT])).run(numbers[0])
+        at_once = folder.progress.round == 0
+        folder.write_over(Over(folder.flower_run, "it has ended at the server", at_once))
+        note(log, word, "")
         return
     run, *rounds = numbers
     round_ = [int(number) for number in rounds]

@@ -74,6 +74,10 @@ class Join:
             )
 
     @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
     def printed(self) -> str:
         return self.output.read_text()
 
@@ -190,6 +194,30 @@ def test_the_next_run_finds_a_new_script(join: Joins) -> None:
     made.process.terminate()
     assert made.wait() == 143
     made.assert_nothing_is_left()
+
+
+LOADS = "import time; print('loading', flush=True); time.sleep(600)"
+
+
+@pytest.mark.parametrize("how", ["finish:7:0", "over:7"])
+def test_a_run_that_ends_while_the_script_loads_sets_the_site_free(join: Joins, how: str) -> None:
+    made = join(f"brief plan:7 {how}", script=[sys.executable, "-c", LOADS])
+    made.sees("a | loading")
+    reason = "done" if how.startswith("finish") else "it has ended at the server"
+    made.sees(f"a: run 7 over before its first round here ({reason}); the script was ended")
+    made.sees("a: waiting for the next run")
+    assert made.errors == []
+    assert [p for p in made.family() if p.cmdline()[-1:] == [LOADS]] == [psutil.Process(made.pid)]
+    made.process.terminate()
+    assert made.wait() == 143
+    made.assert_nothing_is_left()
+
+
+def test_a_run_whose_server_is_gone_gives_way_to_another(join: Joins) -> None:
+    made = join("plan:7 train:7:1 over:7 plan:8", script=[*SCRIPT, "--linger_s", "600"])
+    made.until(lambda: len(made.asked) == 4)
+    assert "ends the script of run 7, which is over. It is asked again" in made.errors[0]
+    made.sees("a: run 7 over after round 1 (it has ended at the server); the script was ended")
 
 
 def test_a_second_run_is_refused_meanwhile(join: Joins) -> None:

@@ -15,6 +15,7 @@ import pytest
 from fedtune.deploy.bundle import APP, app_hash
 from fedtune.engines._compat import build_app, hash_app, is_tested
 from fedtune.engines._compat.journal import Journal
+from fedtune.engines._compat.run_watch import RunWatch
 from fedtune.engines._compat.supernode import Clock, Patience
 from fedtune.errors import SiteError
 
@@ -143,7 +144,7 @@ def test_patience_grows_with_the_wait(monkeypatch):
 def test_the_clock_rings_hears_and_sees_the_executor_end():
     here, there = socket.socketpair()
     here.setblocking(False)
-    clock = Clock(here)
+    clock = Clock(here, RunWatch(list, lambda run, why: None))
     clock.sleep(3)
     there.setblocking(False)
     with pytest.raises(BlockingIOError):  # idle: nobody is woken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +37,7 @@ class Deployment(Script):
         self.finished: dict[str, tuple[float, str]] = {}
         self.refuse: dict[str, str] = {}
         self.manifests: dict[str, Manifest] = {}
+        self.starting: dict[str, int] = {}  # how often a site says that its script starts
 
     def app(self) -> ClientApp:
         app = ClientApp(mods=[packed])
@@ -47,6 +49,11 @@ class Deployment(Script):
             if kind == "query.plan":
                 if name in self.refuse:
                     raise RuntimeError(self.refuse[name])
+                if self.starting.get(name, 0) > 0:
+                    self.starting[name] -= 1
+                    return Message(
+                        pack(config={"client": name, "starting": True}), reply_to=message
+                    )
                 config: dict[str, str | int | float | bool] = {
                     "client": name,
                     "evaluates": True,
@@ -54,9 +61,10 @@ class Deployment(Script):
                 }
                 return Message(pack(config=config), reply_to=message)
             if kind == "query.finish":
-                params = params_of(message.content.array_records["arrays"])
+                arrays = message.content.array_records.get("arrays")
+                last = math.nan if arrays is None else float(params_of(arrays)["b"][0])
                 reason = str(message.content.config_records["config"]["reason"])
-                self.finished[name] = (float(params["b"][0]), reason)
+                self.finished[name] = (last, reason)
                 return Message(pack(config={"client": name}), reply_to=message)
             return scripted(message, context)
 
@@ -122,6 +130,32 @@ def test_a_site_joins_late_leaves_and_comes_back() -> None:
     assert per_round[2] == ["client-0", "client-1", "client-2"]
     assert torch.equal(state.params["b"], torch.full((3,), 1.5 + 2.0 + 2.0 + 2.0))
     assert sites.asked.count(("client-1", "query.plan")) == 2  # asked anew when it came back
+
+
+def test_a_site_whose_script_starts_is_asked_again_and_takes_part() -> None:
+    sites = Deployment()
+    sites.starting["client-1"] = 3
+    shown: list[list[dict[str, Any]]] = []
+    run = deployed(2, num_rounds=1)
+    run.on_clients = lambda rows: shown.append(rows)
+    result_of(serve_sites(run, sites, lambda done: [0, 1], nodes=2))
+    assert sites.asked.count(("client-1", "query.plan")) == 4
+    assert trained(sites) == [("client-0", 1), ("client-1", 1)]
+    names = {row["client"] for rows in shown[3:] for row in rows}
+    assert "client-1" in names  # known before it is there
+    assert all(row["problem"] is None for rows in shown for row in rows)
+
+
+def test_a_site_whose_script_still_starts_is_told_of_the_end() -> None:
+    sites = Deployment()
+    sites.starting["client-1"] = 10**6
+    run = serve_sites(deployed(2, num_rounds=1), sites, lambda done: [0, 1], nodes=2)
+    with pytest.raises(RoundError, match="expected 2 clients within 0 s, 1 are there"):
+        result_of(run)
+    assert sites.finished.keys() == {"client-0", "client-1"}
+    assert {reason[:30] for _, reason in sites.finished.values()} == {
+        "failed: expected 2 clients wit"
+    }
 
 
 def test_every_site_is_told_of_the_end_with_the_last_global() -> None:

@@ -14,7 +14,8 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.errors import SiteError
-from fedtune.relay.folder import Progress, RunFolder, SitePlan
+from fedtune.relay import app
+from fedtune.relay.folder import Over, Progress, RunFolder, SitePlan
 from fedtune.relay.frames import Frame, encode
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import ENVIRONMENT, NODE_CONFIG, SiteFolder
@@ -207,11 +208,63 @@ def test_a_plan_that_is_none(site: SiteFolder, change: dict[str, object]) -> Non
     assert site.planned() == []
 
 
-@pytest.mark.parametrize("kind", ["query.setup", "train", "evaluate", "query.finish"])
+@pytest.mark.parametrize("kind", ["query.setup", "train", "evaluate"])
 def test_a_run_that_has_not_begun(site: SiteFolder, kind: str) -> None:
     with pytest.raises(SiteError, match="site site-a: run 7: has not begun"):
         send(kind, {"run": "7", "round": 1})
     assert list(site.runs.iterdir()) == []
+
+
+def test_a_script_that_starts_slowly_keeps_nobody_waiting(
+    begun: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "PATIENCE_S", 0.2)
+    for _ in range(2):
+        config = plan().config_records["config"]
+        assert dict(config) == {"client": "site-a", "starting": True}
+    with trainer(begun):
+        assert dict(plan().config_records["config"]) == {"client": "fake"}
+        train(1)
+    assert begun.over is None
+
+
+def test_asking_again_gives_a_script_no_more_time_than_it_has(
+    begun: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "PATIENCE_S", 0.2)
+    begun.note_start()
+    begin = time.time() - 4.5
+    os.utime(begun.path / "started", (begin, begin))
+    assert plan().config_records["config"]["starting"]
+    os.utime(begun.path / "started", (begin - 1, begin - 1))
+    with pytest.raises(SiteError, match="a Trainer patched by fedtune within 5 s"):
+        plan()
+    begun.note_start()  # `fedtune join` has started it again
+    assert plan().config_records["config"]["starting"]
+
+
+def test_the_end_of_a_run_whose_trainer_has_not_come(site: SiteFolder, begun: RunFolder) -> None:
+    finish(0, reason="failed: nobody came")
+    assert begun.over == Over("1", "failed: nobody came", at_once=True)
+    assert not begun.progress.finished
+    begun.write_flower_run("2")  # it is continued
+    assert begun.over is None
+
+
+def test_the_end_of_a_run_that_never_began_here(site: SiteFolder) -> None:
+    finish(0)
+    assert site.planned() == []
+
+
+def test_another_run_takes_the_place_of_one_whose_server_is_gone(
+    site: SiteFolder, begun: RunFolder
+) -> None:
+    with trainer(begun):
+        train(2)
+    begun.write_over(Over("1", "it has ended at the server", at_once=False))
+    with pytest.raises(SiteError, match=r"ends the script of run 7, .* It is asked again"):
+        plan("8")
+    assert begun.over == Over("1", "it has ended at the server", at_once=True)
 
 
 def test_the_time_to_live_of_a_message_is_the_limit(begun: RunFolder) -> None:

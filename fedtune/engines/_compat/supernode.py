@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 from fedtune.engines._compat.executor import RING, Executor
 from fedtune.engines._compat.objects import hasten_objects
 from fedtune.engines._compat.predecessor import report_predecessor
+from fedtune.engines._compat.run_watch import RunWatch, watch_runs
 
 __all__ = ["NodeOptions", "Patience", "run_supernode", "run_untested_supernode"]
 
@@ -91,9 +92,9 @@ class Clock:
 
     FLOWERS_IDLE_S = 3.0
 
-    def __init__(self, bell: socket.socket) -> None:
+    def __init__(self, bell: socket.socket, watch: RunWatch) -> None:
         self.executor_gone = False
-        self._bell = bell
+        self._bell, self._watch = bell, watch
         self._idle = Patience(0.05, 1.0)
         self._reply = Patience(0.05, 1.0)
         self._was_idle = True
@@ -111,6 +112,7 @@ class Clock:
         if not idle:
             with contextlib.suppress(OSError):  # full: it rings already; closed: see below
                 self._bell.send(RING)
+        self._watch.look()
         readable, _, _ = select.select([self._bell], [], [], patience.pause())
         if readable and not self._heard():
             self.executor_gone = True
@@ -131,6 +133,7 @@ def run_supernode(
     check: Callable[[bytes], None],
     load: Callable[[], ClientApp],
     bind: Callable[[int], None],
+    watch: RunWatch,
 ) -> NoReturn:
     """Run until SIGTERM, SIGINT or a failure; ends the process, its executor and their forks.
 
@@ -138,6 +141,7 @@ def run_supernode(
         check: raises when the bundle it is given is not the site's app.
         load: returns the site's ClientApp; called in the executor.
         bind: makes the calling process end with its parent, whose id it is given.
+        watch: asks whether runs go on.
     """
     # Shared by the executor and its forks; must start no thread.
     import flwr.supernode.runtime.run_clientapp  # noqa: F401
@@ -156,7 +160,7 @@ def run_supernode(
     here.setblocking(False)
     status = 1
     try:
-        status = _supernode(options, port, _write_secret(scratch, secret), here, executor)
+        status = _supernode(options, port, _write_secret(scratch, secret), here, executor, watch)
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else 1
     finally:
@@ -197,7 +201,12 @@ def _execute(executor: Executor, supernode: int) -> NoReturn:
 
 
 def _supernode(
-    options: NodeOptions, port: int, secret: Path, bell: socket.socket, executor: int
+    options: NodeOptions,
+    port: int,
+    secret: Path,
+    bell: socket.socket,
+    executor: int,
+    watch: RunWatch,
 ) -> int:
     """Flower's `flower-supernode --isolation process`; returns an exit status or raises it."""
     from flwr.supercore.exit import add_exit_handler
@@ -205,12 +214,13 @@ def _supernode(
     from flwr.supernode import start_client_internal as loop
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    clock = Clock(bell)
+    clock = Clock(bell, watch)
     if vars(loop)["time"] is not time:  # not the Flower this was written for
         raise AttributeError("flwr.supernode.start_client_internal.time")
     vars(loop)["time"] = clock
     hasten_objects(loop)
     report_predecessor(loop, options.folder)
+    watch_runs(loop, watch)
     add_exit_handler(lambda: _stop(executor), run_before_force_exit=True)
     sys.argv = [
         "flower-supernode",

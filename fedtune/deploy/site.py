@@ -9,6 +9,7 @@ ends, and so does every process.
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import shutil
 import socket
@@ -25,12 +26,15 @@ from fedtune.deploy.connection import flower_environment
 from fedtune.deploy.processes import Supervisor
 from fedtune.deploy.script import Script
 from fedtune.deploy.site_node import LOOK_S, POLL_S, Say, SiteNode
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, DeployError
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import SiteFolder
 from fedtune.signals import Stopped
 
 __all__ = ["Settings", "add_arguments", "join", "node_command", "run"]
+
+TIDY_S = 30.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,13 @@ def join(settings: Settings) -> int:
             with Supervisor(settings.output_dir) as parts:
                 _await_superlink(settings, say)
                 return _take_part(settings, site, parts, say)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise DeployError(
+                f"{error.filename or directory}: {error.strerror}. Free some there, or set TMPDIR "
+                "and --output_dir to a larger disk."
+            ) from None
         except (KeyboardInterrupt, Stopped) as stop:
             say("stopped")
             return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
@@ -192,9 +203,13 @@ def _take_part(settings: Settings, site: SiteFolder, parts: Supervisor, say: Say
         say=say,
     )
     script: Script | None = None
+    tidy_at = 0.0
     try:
         while True:
             node.step()
+            if time.monotonic() >= tidy_at:
+                site.tidy()
+                tidy_at = time.monotonic() + TIDY_S
             if script is None:
                 script = _begin(settings, site, parts, say)
             elif (status := script.step()) is not None:
@@ -202,7 +217,7 @@ def _take_part(settings: Settings, site: SiteFolder, parts: Supervisor, say: Say
                     if script.finished:
                         node.deliver()
                     return status if status >= 0 else 128 - status
-                script = None
+                script, tidy_at = None, 0.0
                 say("waiting for the next run")
             time.sleep(POLL_S)
     except BaseException:

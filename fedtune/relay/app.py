@@ -100,6 +100,11 @@ def _relay(
         )
     except StillStarting:
         raise
+    except OSError as error:
+        raise SiteError(
+            f"site {site.name}: {error.filename or site.path}: {error.strerror or error}. Look at "
+            "the site's disk, and start fedtune join there again."
+        ) from None
     except FedtuneError as error:
         raise SiteError(f"site {site.name}: {error}") from None
     if reply.error is not None:

@@ -29,6 +29,7 @@ from fedtune.files import read_json, write_json
 __all__ = ["ENVIRONMENT", "Over", "Progress", "RunFolder", "SitePlan"]
 
 ENVIRONMENT = "FEDTUNE_SESSION"  # names the folder to a trainer that `fedtune join` starts
+SHORT_BYTES = 4096  # of a reply without tensors
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux, without the closing zero
 
 
@@ -218,6 +219,28 @@ class RunFolder:
     def write_exit_status(self, status: int, reason: str = "") -> None:
         """Say that the script will not be started again, and why."""
         write_json(self.path / "ended.json", {"status": status, "reason": reason})
+
+    @property
+    def ended_s(self) -> float | None:
+        """Seconds since the script has ended for good, or None while it runs or may restart."""
+        with contextlib.suppress(FileNotFoundError):
+            return max(0.0, time.time() - (self.path / "ended.json").stat().st_mtime)
+        return None
+
+    def clean(self) -> None:
+        """Remove what a script that has ended leaves; what answers a late goodbye stays."""
+        self.drop_replies()
+        for path in list(self.path.rglob("*")):
+            kept = path.suffix == ".json" or path == self.authkey_file
+            if not path.is_dir() and not kept and path.parent != self.replies:
+                path.unlink(missing_ok=True)
+
+    def drop_replies(self) -> None:
+        """Remove all replies but that to the goodbye, which is short, as it holds no tensors."""
+        for path in list(self.replies.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_size > SHORT_BYTES:
+                    path.unlink()
 
     @property
     def progress(self) -> Progress:

@@ -89,6 +89,22 @@ class SiteFolder:
             raise SiteError(f"run {run}: has not begun at this site. Send query.plan first.")
         return folder
 
+    def tidy(self) -> None:
+        """Clean the folders of runs that are over, and of scripts that ended before their run.
+
+        The replies of the latter are kept for as long as the trainer would have waited.
+        """
+        for folder in self.planned():
+            ended_s, finished = folder.ended_s, folder.progress.finished
+            if ended_s is None:
+                if finished:  # the script goes on with something else
+                    folder.drop_replies()
+                continue
+            plan = folder.plan
+            is_over = finished or folder.over is not None
+            if is_over or plan is None or ended_s > plan.idle_timeout_s:
+                folder.clean()
+
     def known(self, run: str) -> RunFolder | None:
         """The folder of a run that has begun here, or None."""
         folder = self._folder(run)

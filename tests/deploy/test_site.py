@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ import pytest
 
 from fedtune.deploy import site as module
 from fedtune.deploy.script import LogLines
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, DeployError
 from tests.conftest import REPOSITORY
 
 RUN = "plan:7 train:7:1 train:7:2 train:7:3 finish:7:3"
@@ -194,6 +195,20 @@ def test_the_next_run_finds_a_new_script(join: Joins) -> None:
     made.process.terminate()
     assert made.wait() == 143
     made.assert_nothing_is_left()
+
+
+def test_what_a_run_leaves_is_removed_when_it_ends(join: Joins) -> None:
+    made = join(RUN, script=[*SCRIPT, "--work_s", "0.5"])
+    made.sees("a: run 7: round 1 of 3")
+    (folder,) = made.temporary.glob("fedtune-*/runs/7")
+    (folder / "replies" / "large").write_bytes(bytes(10**5))
+    (folder / "transport").mkdir()
+    (folder / "transport" / "version-1.safetensors").write_bytes(bytes(10**5))
+    made.sees("a: run 7: the script ended, status 0")
+    made.sees("a: waiting for the next run")
+    made.until(lambda: not (folder / "replies" / "large").exists())
+    made.until(lambda: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 5000)
+    assert json.loads((folder / "progress.json").read_text())["finished"]
 
 
 LOADS = "import time; print('loading', flush=True); time.sleep(600)"
@@ -456,3 +471,18 @@ def test_log_lines(tmp_path: Path, chunks: list[bytes], lines: list[str]) -> Non
     assert reader.read(rest=True) == []
     log.unlink()
     assert reader.read() == []
+
+
+def test_a_full_disk_ends_join_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/fedtune-x/plan.json")
+
+    monkeypatch.setattr(module, "_await_superlink", lambda *_: None)
+    monkeypatch.setattr(module, "_take_part", full)
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    words = ["--superlink", "127.0.0.1:1", "--output_dir", str(tmp_path), "--", sys.executable]
+    with pytest.raises(DeployError, match=r"^/run/fedtune-x/plan.json: No space left on device\."):
+        module.run(parser.parse_args(words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -323,3 +324,12 @@ def test_contents_are_not_looked_into(begun: RunFolder) -> None:
     odd = RecordDict({"config": ConfigRecord({"anything": [1, 2], "x": "y"})})
     with trainer(begun, lambda request: encode(request.kind, odd)):
         assert send("evaluate", {"run": "7"}) == odd
+
+
+def test_a_full_disk_at_the_site(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SiteError, match=r"^site site-a: /.*/runs/7/.*json: No space left on"):
+        plan()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedtune.errors import ConfigError, SiteError
-from fedtune.relay.folder import SitePlan
+from fedtune.relay.folder import Over, Progress, RunFolder, SitePlan
 from fedtune.relay.limits import Limits, check_steps
 from fedtune.relay.site import SiteFolder
 
@@ -67,3 +70,45 @@ def test_steps(rounds: int, steps: int, limit: int, good: bool) -> None:
     else:
         with pytest.raises(SiteError, match=f"at most {limit} in a run, received {rounds} rounds"):
             check_steps(rounds, steps, limit)
+
+
+def test_what_is_left_of_runs_is_removed_when_they_are_over(short_path: Path) -> None:
+    site = SiteFolder.create(short_path, "a", Limits())
+    plan = SitePlan("1", "a", 3, 5, 0.0, True, 1, idle_timeout_s=60.0)
+
+    def begun(name: str) -> RunFolder:
+        folder = RunFolder.create(site.runs / name)
+        folder.write_plan(replace(plan, run=name))
+        folder.write_flower_run("9")
+        (folder.replies / "round").write_bytes(bytes(10**6))
+        (folder.replies / "finish").write_bytes(bytes(100))
+        (folder.path / "transport").mkdir()
+        (folder.path / "transport" / "version").write_bytes(bytes(10**6))
+        folder.lock.touch()
+        return folder
+
+    def size(folder: RunFolder) -> int:
+        return sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+
+    names = ("goes on", "finished", "lingers", "cut off", "crashed", "crashed long ago")
+    runs = {name: begun(name) for name in names}
+    for name in ("finished", "lingers"):
+        runs[name].write_progress(Progress(3, finished=True))
+    for name in ("finished", "cut off", "crashed", "crashed long ago"):
+        runs[name].write_exit_status(1, "why")
+    runs["cut off"].write_over(Over("9", "no more", at_once=True))
+    before = time.time() - 61
+    os.utime(runs["crashed long ago"].path / "ended.json", (before, before))
+    for _ in range(2):
+        site.tidy()
+        assert {name: round(size(folder) / 10**6) for name, folder in runs.items()} == {
+            "goes on": 2,
+            "finished": 0,
+            "lingers": 1,  # what the script may use itself
+            "cut off": 0,
+            "crashed": 2,  # its last reply may still be asked for
+            "crashed long ago": 0,
+        }
+    assert (runs["finished"].replies / "finish").exists()
+    assert runs["finished"].exit_status == 1
+    assert len(runs["finished"].authkey) == 32

@@ -28,6 +28,7 @@ from fedtune.client.live_trainer import endless, schedule, weightless
 from fedtune.client.options import Options
 from fedtune.client.per_token import PerToken
 from fedtune.client.ranks import Ranks
+from fedtune.client.refusal import note_refusal
 from fedtune.client.replies import Sent
 from fedtune.client.scoring import Scoring, evaluates_now
 from fedtune.client.session import Session
@@ -65,6 +66,7 @@ class Participant:
     ) -> None:
         self.trainer, self.plan, self.steps = trainer, plan, steps
         self._options, self._ranks, self._folder = options, ranks, folder
+        self._run_folder = None if session is None else session.folder
         self._talk = Conversation(session, ranks, plan)
         self._round = LiveRound(trainer, plan, steps, options, self._talk)
         self._scored = PerToken(trainer)
@@ -103,6 +105,8 @@ class Participant:
             ):
                 output = train(ours or resume, *args, **kw)
         except BaseException as error:
+            if not self._round.number:  # it has trained none
+                note_refusal(self._run_folder, error)
             self._round.abort()
             self.close(f"training failed: {type(error).__name__}: {error}")
             raise

@@ -22,6 +22,7 @@ from fedtune.client.local import model_of, steps_of
 from fedtune.client.options import Options
 from fedtune.client.participant import Participant
 from fedtune.client.ranks import Ranks
+from fedtune.client.refusal import note_refusal
 from fedtune.client.session import Session
 from fedtune.client.site_checks import check_trainer
 from fedtune.client.undisturbed import same_rng
@@ -154,6 +155,7 @@ def _join(trainer: Trainer, callback: FedTuneCallback) -> None:
     try:
         steps = ranks.together(lambda: _prepare(trainer, plan, callback.options))
     except FedtuneError as error:
+        note_refusal(folder, error)
         if session is not None:
             session.end(str(error))
             time.sleep(REFUSAL_S)

@@ -74,14 +74,19 @@ class Script:
         self._parts.stop(self._part)  # what it left behind
         self._tell(rest=True)
         took_part = self._folder.lock.exists()
-        if status and not self.finished and self._restarts < self._max_restarts:
+        refusal = "" if self.finished else self._folder.refusal
+        may_restart = self._restarts < self._max_restarts and not refusal
+        if status and not self.finished and may_restart:
             self._restarts += 1
             count = f"{self._restarts} of {self._max_restarts}"
             self._say(f"run {self.run}: trainer restarted ({count}). {self._part.ended()}")
             self._ended_at = None
             self._part, self._lines = self._start()
             return None
-        if status:
+        if status and refusal:
+            reason = f"this site cannot take part: {refusal}"
+            self._say(f"error: run {self.run}: {reason} Log: {self._part.log}")
+        elif status:
             reason = "it failed after the run" if self.finished else self._gave_up()
             self._say(f"error: run {self.run}: {reason}. {self._part.ended()}")
         elif not took_part:

@@ -10,6 +10,7 @@ progress.json   what the relay has handed on: the last round, and whether the ru
 flower.json     which of Flower's runs goes on here
 started         touched when the script is started
 over.json       that the run is over at the server, where the trainer has not heard it
+refused.json    why the script would fail again if it was started again
 ended.json      the script's exit status, once it will not be started again
 """
 
@@ -204,6 +205,15 @@ class RunFolder:
     def write_status(self, **status: Any) -> None:
         """Say what the trainer is doing."""
         write_json(self.path / "status.json", status)
+
+    @property
+    def refusal(self) -> str:
+        """Why the script's settings do not fit the run, or nothing."""
+        return str((self._read("refused.json") or {}).get("reason", ""))
+
+    def write_refusal(self, reason: str) -> None:
+        """Say that starting the script again would not help."""
+        write_json(self.path / "refused.json", {"reason": reason})
 
     @property
     def exit_status(self) -> int | None:

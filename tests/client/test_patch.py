@@ -96,8 +96,9 @@ def test_a_sites_limit_holds_for_what_only_the_trainer_knows(
     run: RunFolder, tmp_path: Path
 ) -> None:
     planned(run, steps=0, epochs=1.0, max_steps=20)
-    with pytest.raises(ConfigError, match=r"at most 20 steps .* 3 rounds x 7 steps"):
+    with pytest.raises(ConfigError, match=r"at most 20 steps .* 3 rounds x 7 steps") as refused:
         fedtune.patch(small_trainer(tmp_path))
+    assert run.refusal == str(refused.value)
 
 
 def test_no_budget_at_all(run: RunFolder, tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def test_one_patch_per_trainer_and_one_trainer_per_run(run: RunFolder, tmp_path:
         fedtune.patch(trainer)
     with pytest.raises(ConfigError, match="one Trainer per run"):
         fedtune.patch(small_trainer(tmp_path))
+    assert run.refusal == ""  # it may be what a killed one has left
     with Server(run):
         assert train(trainer).steps == 12
     with pytest.raises(ConfigError, match=r"one train\(\) per run"):
@@ -406,6 +408,7 @@ def test_a_changed_max_steps_is_noticed(run: RunFolder, tmp_path: Path) -> None:
     trainer.args.max_steps = 99
     with pytest.raises(ConfigError, match="3 rounds x 4 steps"):
         trainer.train()
+    assert "expected 3 rounds x 4 steps" in run.refusal
 
 
 def test_a_peer_that_leaves_does_not_make_the_round_train_twice(

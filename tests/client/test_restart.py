@@ -45,6 +45,7 @@ def twice(run: RunFolder, directory: Path, **given: Any) -> tuple[Trained, Serve
         trainer = fedtune.patch(small_trainer(directory, callbacks=[Failing()], **given))
         with pytest.raises(InterruptedError):
             trainer.train()
+        assert run.refusal == ""
         trainer = fedtune.patch(small_trainer(directory, **given))
         result = train(trainer)
         fedtune.unpatch(trainer)

@@ -325,6 +325,8 @@ def test_another_adapter_ends_the_script(run: RunFolder, tmp_path: Path) -> None
     with Server(run, script), pytest.raises(ManifestError, match="adapter differs"):
         trainer.train()
     assert "adapter differs" in errors[0]
+    assert run.refusal in errors[0]
+    assert run.refusal
 
 
 def test_silence_ends_the_wait_with_its_length(run: RunFolder, tmp_path: Path) -> None:

@@ -290,6 +290,28 @@ def test_a_script_that_cannot_start(join: Joins) -> None:
     assert "can't open file" in made.printed
 
 
+REFUSES = """
+from fedtune.errors import ManifestError
+from fedtune.relay.folder import RunFolder
+RunFolder.of_environment().write_refusal("adapter: expected rank 8, received 4.")
+raise ManifestError("adapter: expected rank 8, received 4.")
+"""
+
+
+def test_a_script_that_would_be_refused_again_is_not_started_again(join: Joins) -> None:
+    made = join(RUN, "--once", script=[sys.executable, "-c", REFUSES])
+    assert made.wait() == 1
+    assert "restarted" not in made.printed
+    said = "error: run 7: this site cannot take part: adapter: expected rank 8, received 4. Log: "
+    assert said in made.printed
+
+
+def test_the_server_hears_why_a_site_was_refused(join: Joins) -> None:
+    made = join(RUN, script=[sys.executable, "-c", REFUSES])
+    made.until(lambda: made.errors)
+    assert "this site cannot take part: adapter: expected rank 8, received 4." in made.errors[0]
+
+
 def test_a_script_that_leaves_early(join: Joins) -> None:
     made = join(RUN, script=[*SCRIPT, "--leave_at", "train/2"])
     made.until(lambda: made.errors)

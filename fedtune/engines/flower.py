@@ -52,7 +52,7 @@ def run_flower(
 def _join(
     parts: Supervisor, name: str, address: Address, command: Sequence[str], logs: Path
 ) -> Part:
-    words = [sys.executable, "-m", "fedtune.cli", "join", "--superlink", str(address)]
+    words = [sys.executable, "-P", "-m", "fedtune.cli", "join", "--superlink", str(address)]
     words += ["--name", name, "--once", "--output_dir", str(logs / name), "--", *command]
     return parts.start(name, words)
 

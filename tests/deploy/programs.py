@@ -25,11 +25,13 @@ except FedtuneError as error:
 
 
 class Program:
-    """A Python program; leaving the block ends it."""
+    """A program, as a rule a Python one; leaving the block ends it."""
 
-    def __init__(self, code, *words):
+    def __init__(self, code="", *words, before=(), command=None, cwd=None):
+        python = [*before, sys.executable, "-c", code, *map(str, words)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, words)],
+            python if command is None else command,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,9 +64,10 @@ class Program:
         return self.process.returncode, out, err
 
 
-def up(*words):
-    """`fedtune up`."""
-    return Program(COMMAND, "fedtune.deploy.superlink", "add_arguments", "run", *words)
+def up(*words, before=()):
+    """`fedtune up`; `before` stands before its command."""
+    module = "fedtune.deploy.superlink"
+    return Program(COMMAND, module, "add_arguments", "run", *words, before=before)
 
 
 def left(processes, within_s=5.0):

@@ -175,6 +175,14 @@ def test_a_whole_run(join: Joins) -> None:
     made.assert_nothing_is_left()
 
 
+def test_the_script_is_run_as_by_hand(join: Joins) -> None:
+    """With the modules beside it, though the node searches no directory of the site's."""
+    script = [sys.executable, "-c", "import sys; print('safe', sys.flags.safe_path)"]
+    made = join(RUN, "--once", script=script)
+    made.wait()
+    assert "a | safe False\n" in made.printed
+
+
 def test_the_status_of_the_script(join: Joins) -> None:
     made = join(RUN, "--once", script=[*SCRIPT, "--status", "5"])
     assert made.wait() == 5

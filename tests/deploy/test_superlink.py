@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import http.client
 import json
 import signal
 import socket
+import ssl
 
+import psutil
 import pytest
 
 from fedtune.deploy import runs, superlink
-from fedtune.deploy.address import Address, probe
+from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.gate import GATE
+from fedtune.deploy.probe import probe
 from fedtune.deploy.processes import Supervisor, free_port
 from fedtune.deploy.register import remember_run
 from fedtune.deploy.superlink import start_superlink
 from fedtune.errors import ConfigError, DeployError
 from tests.deploy.programs import COMMAND, Program, left, up, wait_for
-
-APP = """
-import threading
-from pathlib import Path
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-
-client = ClientApp()
-server = ServerApp()
-
-@server.main()
-def main(grid, context):
-    print("here we are", flush=True)
-    if context.run_config["mark"]:
-        Path(context.run_config["mark"]).touch()
-    if context.run_config["mode"] == "raise":
-        raise ValueError("nobody joined")
-    threading.Event().wait()
-"""
-PROJECT = """
-[project]
-name = "waits"
-version = "1.0.0"
-description = ""
-license = "Apache-2.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "me"
-[tool.flwr.app.components]
-serverapp = "waits.app:server"
-clientapp = "waits.app:client"
-[tool.flwr.app.config]
-mode = "wait"
-mark = ""
-"""
-
-
-@pytest.fixture(scope="module")
-def app(tmp_path_factory):
-    """A Flower app whose server never ends by itself."""
-    directory = tmp_path_factory.mktemp("app")
-    (directory / "waits").mkdir()
-    (directory / "waits" / "__init__.py").touch()
-    (directory / "waits" / "app.py").write_text(APP)
-    (directory / "pyproject.toml").write_text(PROJECT)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +51,24 @@ def test_the_sites_of_the_folder_are_registered_and_the_gate_is_there(link, cert
         nodes = connection.flwr("supernode", "list")["nodes"]
     assert [node["status"] for node in nodes] == ["registered", "registered"]
     probe(link.address, certs / "a" / "ca.crt", path=GATE)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_stranger_cannot_fill_its_memory(link, certs, chunked):
+    """128 MiB that no known site has signed: refused before they are sent, so not read either."""
+    process, size = psutil.Process(link.part.pid), 128 << 20
+    before = process.memory_info().rss
+    context = ssl.create_default_context(cafile=certs / "a" / "ca.crt")
+    caller = http.client.HTTPSConnection("127.0.0.1", link.address.port, context=context)
+    length = {} if chunked else {"content-length": str(size)}
+    headers = {"content-type": "application/x-protobuf", **length}
+    pieces = (bytes(1 << 20) for _ in range(size >> 20))
+    with contextlib.suppress(OSError):  # it hangs up
+        caller.request("POST", "/v1/fleet/push-object", pieces, headers, encode_chunked=chunked)
+        assert caller.getresponse().status == 413
+    caller.close()
+    assert process.memory_info().rss - before < 32 << 20
+    assert sum(1 for _ in pieces) > 100  # what was not sent
 
 
 def test_status_before_the_first_run(link, certs, capsys):

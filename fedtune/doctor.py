@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.request import getproxies
 
 from packaging.requirements import Requirement
+
+from fedtune.proxies import shown
 
 __all__ = ["Row", "examine", "render"]
 
@@ -163,6 +166,19 @@ def _environment() -> Iterator[Row]:
             yield Row("warn", name, os.environ[name], "overrides the Trainer's settings")
 
 
+def _proxies() -> Iterator[Row]:
+    """What fedtune join, Flower and the hub's downloads go through."""
+    proxies = getproxies()
+    around = proxies.pop("no", "")
+    for scheme, url in sorted(proxies.items()):
+        note = "with a user name, which is not shown" if "@" in url else ""
+        yield Row("ok", f"{scheme}_proxy", shown(url), note)
+    if proxies:
+        yield Row("ok", "no_proxy", around or "unset", "reached without a proxy")
+    else:
+        yield Row("ok", "proxy", "none")
+
+
 CHECKS: tuple[Callable[[], Iterator[Row]], ...] = (
     _python,
     _packages,
@@ -171,4 +187,5 @@ CHECKS: tuple[Callable[[], Iterator[Row]], ...] = (
     _disk,
     _built_in_model,
     _environment,
+    _proxies,
 )

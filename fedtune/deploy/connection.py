@@ -12,9 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedtune.deploy.address import Address, probe
+from fedtune.deploy.address import Address
+from fedtune.deploy.gate import GATE
 from fedtune.deploy.parent import die_with_parent
+from fedtune.deploy.probe import probe
 from fedtune.deploy.processes import COLOURS
+from fedtune.deploy.proxy import LOCAL, environment
 from fedtune.deploy.roles import ca_certificate
 from fedtune.errors import ConfigError, DeployError
 
@@ -23,6 +26,12 @@ __all__ = ["Connection", "flower_environment", "flower_program"]
 NAME = "fedtune"  # of the connection in the private config.toml
 COMMAND_S = 120.0  # Flower's own requests give up after 30 s
 SAID = 500  # characters of what Flower says
+# They would let a client choose its own address, and open ports that have no gate.
+OPEN_DOORS = (
+    "FORWARDED_ALLOW_IPS",
+    "FLWR_INTERNAL_GRPC_CONTROL_API",
+    "FLWR_INTERNAL_GRPC_FLEET_API",
+)
 PREAMBLE = ("Using SuperLink: ", "INFO ")
 
 
@@ -59,12 +68,15 @@ class Connection:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment in which Flower's commands find this connection, as their default."""
-        return flower_environment(self.home)
+        """Environment in which Flower's commands find this connection, as their default.
+
+        Only this host may ask a SuperLink for what they ask, so never through a proxy.
+        """
+        return flower_environment(self.home) | environment(None)
 
     def probe(self) -> None:
-        """As the function `probe`."""
-        probe(self.address, self.ca)
+        """As the function `probe`; whether this user may start and end runs there, too."""
+        probe(self.address, self.ca, path=GATE)
 
     def flwr(self, *words: str | Path) -> dict[str, Any]:
         """Run `flwr WORDS --format json`; returns what it prints.
@@ -128,11 +140,11 @@ class Connection:
         return DeployError(f"flwr {words[0]} at {self.address}: {said[:SAID] or 'no reason given'}")
 
 
-def flower_environment(home: Path) -> dict[str, str]:
+def flower_environment(home: Path, *near: str) -> dict[str, str]:
     """This environment, with Flower quiet, offline, and keeping its files in `home`.
 
     Programs next to this Python come first in PATH, because Flower's programs start one another by
-    name; proxies are not asked for addresses of this machine.
+    name; proxies are not asked for addresses of this machine, nor for hosts that are `near`.
     """
     env = dict(os.environ)
     env.update(
@@ -144,10 +156,10 @@ def flower_environment(home: Path) -> dict[str, str]:
         PYTHONUNBUFFERED="1",
         PATH=os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
     )
-    env.pop("FORWARDED_ALLOW_IPS", None)  # it would let a client choose its own address
-    here = "localhost,127.0.0.1,::1"
+    for name in OPEN_DOORS:
+        env.pop(name, None)
     for name in ("no_proxy", "NO_PROXY"):
-        env[name] = f"{env[name]},{here}" if env.get(name) else here
+        env[name] = ",".join(filter(None, [env.get(name), LOCAL, *near]))
     return env
 
 

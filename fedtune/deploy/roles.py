@@ -58,9 +58,14 @@ class SiteFolder:
 
 
 def server_folder(path: Path) -> ServerFolder:
-    """The server's folder; raises ConfigError when `path` is none, or its certificate is over."""
+    """The server's folder; raises ConfigError when it is none, or its certificate not in force."""
     _check_role(path, "server", (SERVER, SERVER_KEY, CA))
     certificate = keys.load_certificate(path / SERVER)
+    if certificate.not_valid_before_utc > keys.now():
+        raise ConfigError(
+            f"--tls: {path / SERVER} begins on {certificate.not_valid_before_utc:%Y-%m-%d}, which "
+            f"is not yet by the clock of this host ({keys.now():%Y-%m-%d}). Set it (NTP)."
+        )
     if certificate.not_valid_after_utc < keys.now():
         raise ConfigError(
             f"--tls: {path / SERVER} ended on {certificate.not_valid_after_utc:%Y-%m-%d}. Run "

@@ -21,11 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedtune.deploy import roles
-from fedtune.deploy.address import Address, absence, probe
+from fedtune.deploy.address import Address
 from fedtune.deploy.connection import flower_environment
+from fedtune.deploy.lookout import Lookout, Say
 from fedtune.deploy.processes import Supervisor
+from fedtune.deploy.proxy import environment, proxy_of
 from fedtune.deploy.script import Script
-from fedtune.deploy.site_node import LOOK_S, POLL_S, Say, SiteNode
+from fedtune.deploy.site_node import POLL_S, SiteNode
 from fedtune.errors import ConfigError, DeployError
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import SiteFolder
@@ -120,7 +122,6 @@ def join(settings: Settings) -> int:
         site = SiteFolder.create(Path(directory), settings.name, settings.limits)
         try:
             with Supervisor(settings.output_dir) as parts:
-                _await_superlink(settings, say)
                 return _take_part(settings, site, parts, say)
         except OSError as error:
             if error.errno not in FULL:
@@ -139,7 +140,7 @@ def node_command(settings: Settings, site: SiteFolder) -> list[str | Path]:
     security: list[str | Path] = ["--insecure"]
     if settings.tls is not None:
         security = ["--root_certificates", settings.tls.ca, "--private_key", settings.tls.key]
-    program = [sys.executable, "-m", "fedtune.deploy.node"]
+    program = [sys.executable, "-P", "-m", "fedtune.deploy.node"]
     return [*program, "--superlink", str(settings.superlink), "--site", site.path, *security]
 
 
@@ -182,24 +183,19 @@ def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname()).lstrip(".-")[:32] or "site"
 
 
-def _await_superlink(settings: Settings, say: Say) -> None:
-    """Wait until something listens, and see that it is a SuperLink we may trust."""
-    where, told = settings.superlink, False
-    while (problem := absence(where, timeout_s=LOOK_S)) is not None:
-        if not told:
-            say(f"waiting for a SuperLink at {where} ({problem})")
-        told = True
-        time.sleep(LOOK_S)
-    probe(where, None if settings.tls is None else settings.tls.ca)
-
-
 def _take_part(settings: Settings, site: SiteFolder, parts: Supervisor, say: Say) -> int:
+    tls = settings.tls
+    ca, key = (None, None) if tls is None else (tls.ca, tls.public)
+    proxy = proxy_of(settings.superlink, tls=tls is not None)
+    if proxy is not None:
+        say(f"through {proxy}")
     node = SiteNode(
         parts,
         node_command(settings, site),
-        flower_environment(site.path / "flower"),
+        flower_environment(site.path / "flower") | environment(proxy),
         superlink=settings.superlink,
-        key=None if settings.tls is None else settings.tls.public,
+        lookout=Lookout(settings.superlink, ca, proxy, name=settings.name, say=say),
+        key=key,
         say=say,
     )
     script: Script | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedtune.deploy.address import Address, absence
+from fedtune.deploy.address import Address
+from fedtune.deploy.lookout import Lookout, Say
 from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.script import LogLines
+from fedtune.errors import DeployError
 
 __all__ = ["SiteNode"]
 
@@ -23,14 +25,13 @@ NODE_CALM_S = 60.0  # a node that lived this long had no trouble starting
 ASK_AGAIN_S = 30.0  # at most, between attempts of a node whose key is unknown
 NODE_BAD_SETTING = 2  # its exit status when starting it again would not help
 
-Say = Callable[[str], None]
-
 
 class SiteNode:
     """The process that Flower knows as this site. Call `step` often.
 
     Args:
         superlink: where `command` connects to.
+        lookout: asked before each start.
         key: the site's public key, or None for no TLS.
         say: tells people what happens.
     """
@@ -42,16 +43,18 @@ class SiteNode:
         environment: Mapping[str, str],
         *,
         superlink: Address,
+        lookout: Lookout,
         key: Path | None,
         say: Say,
     ) -> None:
         self._parts, self._command, self._environment = parts, command, environment
-        self._superlink, self._key, self._say = superlink, key, say
+        self._superlink, self._lookout, self._key, self._say = superlink, lookout, key, say
         self._restarts = 0
         self._start_at = 0.0
         self._part: Part | None = None
         self._joined = self._refused = False  # since it was started
         self._refusals = 0  # since it was last accepted
+        self._has_joined = False  # ever
         self._sending_end = self._end_sent = False
 
     def step(self) -> None:
@@ -74,18 +77,31 @@ class SiteNode:
             time.sleep(POLL_S)
 
     def _start(self, now: float) -> None:
-        if absence(self._superlink, timeout_s=LOOK_S) is not None:  # it would end at once
-            self._start_at = now + LOOK_S
+        if not self._may_join():  # it would end at once
             return
         self._part = self._parts.start("node", self._command, env=self._environment)
         self._lines = LogLines(self._part.log, self._part.log_start)
         self._started = now
         self._joined = self._refused = False
 
+    def _may_join(self) -> bool:
+        try:
+            clear = self._lookout.is_clear()
+        except DeployError as problem:
+            if not self._has_joined or self._restarts >= NODE_RESTARTS:
+                raise
+            self._say(f"{problem} Trying again.")  # whoever runs the server may mend it
+            self._restarts += 1
+            clear = False
+        if not clear:
+            self._start_at = time.monotonic() + LOOK_S * 2**self._restarts
+        return clear
+
     def _listen(self, *, rest: bool = False) -> None:
         for line in self._lines.read(rest=rest):
             if JOINED in line and not self._joined:
-                self._joined, self._refusals = True, 0
+                self._joined = self._has_joined = True
+                self._refusals = 0
                 self._say(f"joined {self._superlink}; waiting for a run")
             elif REFUSED in line:
                 self._refused = True

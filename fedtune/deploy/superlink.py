@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from fedtune.deploy.address import Address, probe
+from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.gate import GATE
+from fedtune.deploy.probe import NotYet, probe
 from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.roles import ServerFolder, server_folder
 from fedtune.errors import ConfigError, DeployError
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """`fedtune up`: until Ctrl-C or SIGTERM, which is status 0."""
     bound = Address(args.host, args.port)
     _check(bound, args.tls, insecure=args.insecure)
-    env = flower_environment((args.output_dir / "flower").absolute())
+    env = flower_environment((args.output_dir / "flower").absolute(), args.host)
     try:
         with Supervisor(args.output_dir, env=env) as parts:
             link = start_superlink(parts, bound, tls=args.tls)
@@ -157,10 +158,9 @@ def _command(bound: Address, folder: ServerFolder | None) -> list[str | Path]:
 def _answers(address: Address, ca: Path | None) -> bool:
     """Whether it listens; raises DeployError when what listens is not our SuperLink."""
     try:
-        socket.create_connection((address.host, address.port), timeout=1.0).close()
-    except OSError:
+        probe(address, ca, path=GATE)
+    except NotYet:
         return False
-    probe(address, ca, path=GATE)
     return True
 
 

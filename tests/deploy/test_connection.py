@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import address as addresses
+from fedtune.deploy import probe as probes
 from fedtune.deploy import register
-from fedtune.deploy.address import Address, probe
+from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment, flower_program
+from fedtune.deploy.probe import probe
 from fedtune.deploy.processes import free_port
 from fedtune.deploy.register import known_runs, remember_run
 from fedtune.errors import ConfigError, DeployError
@@ -149,9 +150,9 @@ def _reaches(host, port):
 def test_a_name_that_the_certificate_lacks(certs):
     with web_server(certs / "server") as address:
         error = ssl.SSLCertVerificationError("x")
-        error.verify_code = addresses.HOSTNAME_MISMATCH
-        words = addresses._distrust(error, Address("fed2.org", address.port), None)
-    assert words.startswith("its certificate is not for fed2.org. Add it with fedtune certs DIR")
+        error.verify_code = probes.HOSTNAME_MISMATCH
+        words = str(probes._distrust("x", error, Address("fed2.org", address.port), None))
+    assert words.startswith("x: its certificate is not for fed2.org. Add it with fedtune certs DIR")
 
 
 def test_settings_are_private_and_go_away(certs):

@@ -1,92 +1,101 @@
-"""Flower's SuperLink with its control open to this machine only.
+"""Flower's SuperLink with its control open to its own user, and to root, alone.
 
 Flower's port serves sites (`/v1/fleet`) and, without asking who calls, also the commands that start
 a run (`/v1/control`) and the processes of a run (`/v1/runtime`): whoever reaches the port may run a
-program of their own on the server. Sites need the first alone; `fedtune submit` and the processes
-of a run are on the server's machine. So other machines get the first alone.
+program of their own on the server. Sites need the first alone, and get that alone, in bounds
+(`bodies.py`). `fedtune submit` and the processes of a run are on the server's machine and of its
+user; what that takes is in `admission.py`.
 
-    python -m fedtune.deploy.gate [flower-superlink's arguments]
+    python -P -m fedtune.deploy.gate [flower-superlink's arguments]
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from importlib.metadata import entry_points
-from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
+
+from fedtune.deploy.admission import Rules, Scope, is_for_sites
+from fedtune.deploy.bodies import Body, Receive, Send, answer, limit_of
+from fedtune.deploy.clocks import Clocks
+from fedtune.deploy.probe import HEALTH
 
 __all__ = ["GATE", "Gate", "main"]
 
-GATE = "/fedtune/gate"  # answers 200 where the gate is in place
-FOR_SITES = ("/v1/fleet/", "/health")
+GATE = "/fedtune/gate"  # answers 200 to who may ask for more than sites may
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Gate:
-    """An ASGI application in front of another one."""
+    """An ASGI application in front of another one.
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    Args:
+        rules: of what is not for sites.
+        knows: whether a site that the application knows has signed a request.
+    """
+
+    def __init__(self, app: App, rules: Rules, knows: Callable[[Scope], bool]) -> None:
+        self.app, self._rules, self._knows = app, rules, knows
+        self._clocks = Clocks()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what is allowed; answer 403 to the rest."""
+        """Pass on what is allowed; answer 403 to the rest, and 413 to what is too long."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] == GATE:
-            await _answer(send, 200)
-        elif scope["type"] == "http" and (_for_sites(scope["path"]) or is_local(scope)):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await _answer(send, 403)
-        else:
+        elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
+        elif scope["path"] == HEALTH:
+            self._clocks.note(scope)
+            await self._bounded(scope, receive, self._clocks.telling(send))
+        elif is_for_sites(scope["path"]):
+            await self._bounded(scope, receive, send)
+        elif (refusal := self._rules.refusal(scope)) is not None:
+            await answer(send, 403, refusal)
+        elif scope["path"] == GATE:
+            await answer(send, 200)
+        else:
+            await self.app(scope, receive, send)
 
-
-def is_local(scope: Scope) -> bool:
-    """Whether the caller is on this machine: over loopback, or from the very address it called."""
-    client, server = scope.get("client"), scope.get("server")
-    if not client or not server:
-        return False
-    try:
-        caller, called = _address(client[0]), _address(server[0])
-    except ValueError:
-        return False
-    return bool(caller.is_loopback or caller == called)
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit, exceeds = limit_of(scope, self._knows)
+        if exceeds:
+            await answer(send, 413, f"expected at most {limit} bytes")
+            return
+        body = Body(receive, send, limit)
+        try:
+            await self.app(scope, body.receive, body.send)
+        except Exception:
+            if not body.refused:  # else it could not go on without the rest
+                raise
 
 
 def main() -> None:
     """Run `flower-superlink` behind the gate."""
     import uvicorn
 
-    from fedtune.engines._compat import launch_runs_once
+    from fedtune.deploy.listening import protocol
+    from fedtune.engines._compat import known_nodes, launch_runs_once
 
     launch_runs_once()
     serve: Callable[..., None] = uvicorn.run
 
-    def serve_gated(*, app: App, **settings: Any) -> None:
-        serve(app=Gate(app), **settings)
+    def serve_gated(*, app: Any, host: str, **settings: Any) -> None:
+        nodes = known_nodes(app)
+        rules = Rules.here(host, _names(settings.get("ssl_certfile")))
+        settings |= {"proxy_headers": False, "http": protocol()}  # nobody chooses their address
+        serve(app=Gate(app, rules, lambda scope: nodes(scope["headers"])), host=host, **settings)
 
     vars(uvicorn)["run"] = serve_gated
     (program,) = entry_points(group="console_scripts", name="flower-superlink")
     program.load()()
 
 
-def _for_sites(path: str) -> bool:
-    return ".." not in path and path.startswith(FOR_SITES)
+def _names(certificate: str | None) -> list[str]:
+    from fedtune.deploy.keys import hosts_of, load_certificate
 
-
-def _address(text: str) -> Any:
-    address = ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-async def _answer(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+    return [] if certificate is None else hosts_of(load_certificate(Path(certificate)))
 
 
 if __name__ == "__main__":

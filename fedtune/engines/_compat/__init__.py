@@ -4,6 +4,7 @@ messages    a `Message` outside a task, for tests and the engine in this process
 simulation  Flower's simulation, called from a program
 version     which Flower this is, and whether its internals are known
 bundle      the app as Flower packs it, and its hash
+fleet       whether a node that a SuperLink knows has signed a request
 supernode   Flower's SuperNode without its fixed waits
 predecessor a node that was killed is reported by the next one
 run_watch   a node asks whether the runs at its site go on
@@ -15,6 +16,7 @@ journal     how far a task has come, so that a killed fork can be started again
 """
 
 from fedtune.engines._compat.bundle import build_app, hash_app
+from fedtune.engines._compat.fleet import known_nodes
 from fedtune.engines._compat.messages import client_failed, set_message_id, task_identity
 from fedtune.engines._compat.objects import hasten_server
 from fedtune.engines._compat.run_watch import RunWatch
@@ -33,6 +35,7 @@ __all__ = [
     "hash_app",
     "hasten_server",
     "is_tested",
+    "known_nodes",
     "launch_runs_once",
     "quiet_flower",
     "run_simulation",

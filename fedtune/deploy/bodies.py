@@ -53,7 +53,8 @@ class Body:
         if self._whole:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), PIECE_S)
+            async with asyncio.timeout(PIECE_S):
+                message = await self._receive()
         except TimeoutError:
             return await self._refuse(408, f"nothing of the body came for {PIECE_S:.0f} s")
         self._size += len(message.get("body", b""))

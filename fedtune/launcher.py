@@ -13,9 +13,10 @@ from typing import Any
 from fedtune.checks import check_arguments
 from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.config import Arguments
+from fedtune.decisive import run_settings
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.lock import check_free, hold
-from fedtune.output import check_output_dir, prepare_output_dir, run_settings
+from fedtune.output import check_output_dir, prepare_output_dir
 from fedtune.relay.folder import RunFolder
 from fedtune.settings import parse_arguments
 from fedtune.signals import Stopped, interrupted_by, stoppable

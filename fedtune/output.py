@@ -9,7 +9,6 @@ resumed too. It also proves that the directory is fedtune's: nothing is deleted 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -17,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Arguments
 from fedtune.errors import ConfigError
 from fedtune.files import read_json, write_json
 from fedtune.lock import LOCK
@@ -28,7 +26,6 @@ __all__ = [
     "check_output_dir",
     "forget_ending",
     "prepare_output_dir",
-    "run_settings",
     "write_marker",
 ]
 
@@ -63,59 +60,6 @@ OWN = frozenset(
         "tensorboard",
     ]
 )
-
-# Changing these leaves the result as it is, so that a resumed run may.
-FREE = frozenset(
-    [
-        "cpus_per_client",
-        "engine",
-        "gpus_per_client",
-        "max_failed_rounds",
-        "min_replies",
-        "round_timeout_s",
-        "save_every_rounds",
-    ]
-)
-
-# HuggingFace settings that change the result.
-DECISIVE = [
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "assistant_only_loss",
-    "bf16",
-    "completion_only_loss",
-    "data_seed",
-    "dataloader_drop_last",
-    "fp16",
-    "gradient_accumulation_steps",
-    "label_smoothing_factor",
-    "learning_rate",
-    "loss_type",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "max_length",
-    "neftune_noise_alpha",
-    "optim",
-    "optim_args",
-    "packing",
-    "packing_strategy",
-    "per_device_train_batch_size",
-    "train_sampling_strategy",
-    "warmup_steps",
-    "weight_decay",
-]
-
-
-def run_settings(args: Arguments) -> dict[str, Any]:
-    """Settings by flag name that a run and its continuation must share, as JSON values."""
-    groups = (args.model, args.adapter, args.data, args.federation, args.transport)
-    settings = {name: value for group in groups for name, value in vars(group).items()}
-    settings |= {name: getattr(args.training, name, None) for name in DECISIVE}
-    settings = {name: value for name, value in settings.items() if name not in FREE}
-    plain: dict[str, Any] = json.loads(json.dumps({**settings, "seeds": args.seeds}, default=str))
-    return plain
 
 
 def check_output_dir(

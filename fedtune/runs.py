@@ -23,11 +23,12 @@ from fedtune.compare.shared import SharedArms
 from fedtune.config import Arguments
 from fedtune.data import format_table
 from fedtune.data.silos import Silos
+from fedtune.decisive import run_settings
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.federate import federate, federate_control, own_scores
 from fedtune.files import read_json, write_json
 from fedtune.lock import hold
-from fedtune.output import MARKER, run_settings, write_marker
+from fedtune.output import MARKER, write_marker
 from fedtune.prepare import Prepared, prepare
 from fedtune.signals import interrupted_by
 

@@ -15,11 +15,12 @@ from fedtune.compare.facts import settings_of
 from fedtune.compare.outcome import leaving
 from fedtune.compare.shared import SharedArms
 from fedtune.config import Arguments
+from fedtune.decisive import run_settings
 from fedtune.dry_run import describe_run
 from fedtune.errors import RoundError
 from fedtune.files import read_json
 from fedtune.lock import check_free, hold
-from fedtune.output import MARKER, check_output_dir, prepare_output_dir, run_settings
+from fedtune.output import MARKER, check_output_dir, prepare_output_dir
 from fedtune.prepare import load_silos, prepare
 from fedtune.report.several import STRATEGIES, folder_of
 from fedtune.runs import facts_of, run_seeds, surviving

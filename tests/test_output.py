@@ -1,11 +1,9 @@
 import json
 
 import pytest
-from trl import SFTConfig
 
 from fedtune.errors import ConfigError
-from fedtune.output import MARKER, prepare_output_dir, run_settings
-from fedtune.settings import parse_arguments
+from fedtune.output import MARKER, prepare_output_dir
 
 SETTINGS = {"lora_r": 8, "seeds": [42]}
 
@@ -145,50 +143,3 @@ def test_resume_with_another_recipe_is_said(tmp_path, caplog):
             settings={**SETTINGS, "lora_r": 4},
             code={"r.yaml": "e"},
         )
-
-
-def settings_of(text):
-    return run_settings(parse_arguments(SFTConfig, text.split()))
-
-
-def test_run_settings_are_json_and_stable():
-    settings = settings_of("--lr_scheduler_type cosine --seeds 1,2")
-    assert json.loads(json.dumps(settings)) == settings
-    assert (settings["lr_scheduler_type"], settings["seeds"]) == ("cosine", [1, 2])
-    assert settings_of("--seed 3") == settings_of("--seeds 3")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "--model_name_or_path x",
-        "--lora_r 4",
-        "--partition size",
-        "--num_rounds 4",
-        "--strategy x",
-        "--codec int8",
-        "--codec_args min_size=9",
-        "--seeds 1",
-        "--data_seed 1",
-        "--learning_rate 1",
-        "--per_device_train_batch_size 1",
-    ],
-)
-def test_what_a_resumed_run_may_not_change(text):
-    assert settings_of(text) != settings_of("")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "--round_timeout_s 1",
-        "--max_failed_rounds 1",
-        "--save_every_rounds 2",
-        "--output_dir x",
-        "--resume",
-        "--track wandb",
-        "--logging_steps 1",
-    ],
-)
-def test_what_a_resumed_run_may_change(text):
-    assert settings_of(text) == settings_of("")

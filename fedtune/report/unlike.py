@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedtune.output import DECISIVE, FREE
+from fedtune.decisive import decides
 from fedtune.report import text
 from fedtune.report.curves import run_names
 from fedtune.report.records import Summary
@@ -83,8 +83,10 @@ def _settings(summary: Summary) -> dict[str, str]:
     for group in (*GROUPS, "training"):
         values = summary.config.get(group)
         if isinstance(values, Mapping):
-            kept = DECISIVE if group == "training" else [key for key in values if key not in FREE]
-            found |= {name: values[name] for name in kept if name in values}
+            training = group == "training"
+            found |= {
+                name: value for name, value in values.items() if decides(name, training=training)
+            }
     hidden = ELSEWHERE if summary.data.get("held_out") else TOLD
     idle = OF_CODEC if found.get("codec") == "none" else set()
     return {

@@ -35,9 +35,7 @@ from fedtune.transport.messages import (
 from fedtune.transport.records import config_of
 from fedtune.transport.settings import CodecSettings
 
-__all__ = ["JOIN_TIMEOUT_S", "ServerRun", "server_app"]
-
-JOIN_TIMEOUT_S = 120.0
+__all__ = ["ServerRun", "server_app"]
 
 
 @dataclass
@@ -67,7 +65,7 @@ class ServerRun:
     min_replies: str | None = None
     start: ServerState | None = None
     init_adapter: Path | None = None
-    join_timeout_s: float = JOIN_TIMEOUT_S
+    join_timeout_s: float = 120.0
     deployed: bool = False
     on_attempt: AttemptHook = lambda failure: None
     on_clients: ClientsHook = lambda clients: None
@@ -95,6 +93,7 @@ class ServerRun:
             on_round,
             fraction_train=federation.fraction_train,
             min_replies=federation.min_replies,
+            join_timeout_s=federation.round_timeout_s,
             init_adapter=Path(init_adapter) if init_adapter else None,
             codec=CodecSettings.of(
                 transport or TransportArguments(), refactors=method.properties.refactors

@@ -82,7 +82,7 @@ def test_losses_that_cannot_be_compared(tmp_path: Path, change: dict[str, Any], 
         ({"seeds": [2]}, "seeds differ: a 1, b 2"),
         ({"strategy": "fedadam", "data_seed": 2}, "settings differ too: data_seed (1, 2)"),
         ({"learning_rate": 0.2, "data_seed": 2},
-         "several settings differ: data_seed (1, 2), learning_rate (0.1, 0.2)"),
+         "several settings differ: learning_rate (0.1, 0.2), data_seed (1, 2)"),
         ({"status": "failed"}, "not all completed: a completed, b failed"),
     ],
 )  # fmt: skip

@@ -14,11 +14,11 @@ OFFLINE := RAY_worker_niceness=0 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CH
 # Else glibc hands the memory of a large batch back after every step, and asks for it again.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000
 
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test test-slow test-nightly lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 install: $(VENV)/.dev ## .venv with fedtune, its extras and the development tools
 
@@ -27,10 +27,13 @@ demo: $(VENV)/.base ## federated LoRA beside centralized and local training, wit
 	--config recipes/demo.yaml
 
 test: $(VENV)/.dev ## the tests, without the slow ones
-	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not nightly"
 
 test-slow: $(VENV)/.dev ## the slow tests: deployments, kills, long runs
-	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) --dist loadfile -m slow
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) --dist loadfile -m "slow and not nightly"
+
+test-nightly: $(VENV)/.dev ## all tests, and those that take hours: busy hosts, every benchmark
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PYTEST) --dist loadfile
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(VENV)/bin/ruff check

@@ -76,6 +76,7 @@ def main() -> None:
     import uvicorn
 
     from fedtune.deploy.listening import protocol
+    from fedtune.deploy.opening import Opening
     from fedtune.engines._compat import known_nodes, launch_runs_once
 
     launch_runs_once()
@@ -85,7 +86,8 @@ def main() -> None:
         nodes = known_nodes(app)
         rules = Rules.here(host, _names(settings.get("ssl_certfile")))
         settings |= {"proxy_headers": False, "http": protocol()}  # nobody chooses their address
-        serve(app=Gate(app, rules, lambda scope: nodes(scope["headers"])), host=host, **settings)
+        gate = Gate(Opening(app), rules, lambda scope: nodes(scope["headers"]))
+        serve(app=gate, host=host, **settings)
 
     vars(uvicorn)["run"] = serve_gated
     (program,) = entry_points(group="console_scripts", name="flower-superlink")

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.gate import GATE
+from fedtune.deploy.opening import OPENED
 from fedtune.deploy.probe import NotYet, probe
 from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.roles import ServerFolder, server_folder
@@ -92,13 +93,18 @@ def start_superlink(
         _check_certificate(folder, bound)
     _check_free(bound)
     address = Address(LOOPBACK_OF.get(bound.host, bound.host), bound.port)
-    part = parts.start("superlink", _command(bound, folder))
+    sites = {} if folder is None else folder.sites
+    opened = parts.directory / "superlink.open"
+    opened.unlink(missing_ok=True)
+    env = {OPENED: str(opened.absolute())} if sites else {}
+    part = parts.start("superlink", _command(bound, folder), env=env)
     ca = None if folder is None else folder.ca
     parts.wait_ready(part, lambda: _answers(address, ca), timeout_s=timeout_s)
-    sites = {} if folder is None else folder.sites
     with Connection(address, tls=tls) as connection:
         for name, key in sites.items():
             connection.flwr("supernode", "register", key, "--name", name)
+    if sites:
+        opened.touch()
     return SuperLink(part, bound, address, tls, list(sites))
 
 

@@ -9,7 +9,12 @@ FedtuneError
 ├── DeployError      a process of a deployment that has ended, or an address that does not answer
 └── RoundError       a federation that cannot go on
     └── RunStopped   because it was asked to end
+
+A message may hold parts that must not leave the process's own site, such as a value of a row:
+`private` marks them, and `outside` leaves them out.
 """
+
+import re
 
 __all__ = [
     "ConfigError",
@@ -21,11 +26,32 @@ __all__ = [
     "RoundError",
     "RunStopped",
     "SiteError",
+    "private",
 ]
+
+# Marks around a part of a message; not seen by anyone, as `FedtuneError` takes them off.
+BEGIN, END = "\ue000", "\ue001"
+MARKS = re.compile(f"[{BEGIN}{END}]")
+MARKED = re.compile(f"{BEGIN}[^{END}]*{END}?")
+
+
+def private(text: object) -> str:
+    """Text of a value that stays at the site, for the message of a `FedtuneError`."""
+    return f"{BEGIN}{MARKS.sub('', str(text))}{END}"
 
 
 class FedtuneError(Exception):
-    """Base of all errors that fedtune raises on purpose."""
+    """Base of all errors that fedtune raises on purpose.
+
+    Attributes:
+        outside: the message for another site or host, without its private parts.
+        is_private: whether it has any.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(MARKS.sub("", message))
+        self.outside = MARKS.sub("", MARKED.sub("\N{HORIZONTAL ELLIPSIS}", message))
+        self.is_private = BEGIN in message
 
 
 class ConfigError(FedtuneError, ValueError):

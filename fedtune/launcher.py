@@ -167,5 +167,9 @@ def _file_of(function: Callable[..., Any]) -> str:
 
 
 def _fail(error: Exception, status: int) -> None:
+    if RunFolder.of_environment() is not None:
+        from fedtune.client.failing import note_failure
+
+        note_failure(error)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

@@ -11,7 +11,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 LEVELS = (
     {"errors"},
-    {"assets", "config", "decisive", "files", "lists", "lock", "nearest", "proxies", "signals"},
+    {
+        "assets",
+        "config",
+        "decisive",
+        "failures",
+        "files",
+        "lists",
+        "lock",
+        "nearest",
+        "proxies",
+        "signals",
+    },
     {"output", "ranges", "settings", "data", "report", "doctor"},
     {"adapters"},
     {"strategies", "streaming", "transport"},

@@ -21,6 +21,7 @@ from fedtune.adapters import FULL, Entry, Manifest, check
 from fedtune.adapters.manifest import digest
 from fedtune.client import replies
 from fedtune.client.codec_link import CodecLink
+from fedtune.client.failing import told
 from fedtune.client.refusal import note_refusal
 from fedtune.client.session import Request, Session
 from fedtune.errors import ConfigError, FedtuneError, ManifestError, RoundError
@@ -153,7 +154,7 @@ class _Client:
             try:
                 self._take(request)
             except FedtuneError as error:
-                request.fail(str(error))
+                request.fail(told(error))
                 if request.kind == messages.SETUP:
                     note_refusal(self.session.folder, error)
                     self.session.close()

@@ -40,7 +40,7 @@ class Conversation:
                 data = encode(self.request.kind, self.request.content)
             except FedtuneError as error:
                 problem = error
-                data = encode("error", error=str(error))
+                data = encode("error", error=error.outside)
         while not (heard := self._ranks.share(data)):
             pass  # rank 0 is still there
         frame = decode(heard)

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from fedtune.client import replies
 from fedtune.client.checkpoints import Mark, find_checkpoint, mark_checkpoint
 from fedtune.client.conversation import Conversation
+from fedtune.client.failing import ended_by, told
 from fedtune.client.live_round import LiveRound
 from fedtune.client.live_trainer import endless, schedule, weightless
 from fedtune.client.options import Options
@@ -74,6 +75,7 @@ class Participant:
         self._at_site: SiteModel | None = None
         self._epochs = 0
         self._final: Sent | None = None
+        self._sent = False  # whether the server had parameters to end with
         self._reason = ""
 
     # The whole run.
@@ -108,12 +110,11 @@ class Participant:
             if not self._round.number:  # it has trained none
                 note_refusal(self._run_folder, error)
             self._round.abort()
-            self.close(f"training failed: {type(error).__name__}: {error}")
+            self.close(ended_by(error))
             raise
         if self._reason.startswith(FAILED):
-            raise RoundError(
-                f"run {self.plan.run}: {self._reason.rstrip('.')}. The last good global is loaded."
-            )
+            ended = f"run {self.plan.run}: {self._reason.rstrip('.')}."
+            raise RoundError(f"{ended} The last good global is loaded." if self._sent else ended)
         return output
 
     def close(self, reason: str = "the site's trainer has ended") -> None:
@@ -229,7 +230,7 @@ class Participant:
             try:
                 answer = self._ranks.together(partial(self._answer, frame, state, may_train))
             except FedtuneError as error:
-                self._talk.fail(str(error))
+                self._talk.fail(told(error))
                 if frame.kind == messages.SETUP:  # it will not fit later either
                     raise
                 log.error("%s: %s", frame.kind, error)
@@ -273,6 +274,7 @@ class Participant:
                 return None
             case messages.FINISH:
                 self._final = site.last(content)
+                self._sent = bool(messages.arrays_of(content))
                 self._reason = str(config_of(content).get("reason", messages.DONE))
                 return None
         raise RoundError(

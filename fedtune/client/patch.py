@@ -17,6 +17,7 @@ from fedtune.adapters import collect, warn_of_half_precision
 from fedtune.adapters.sharded import is_sharded
 from fedtune.client.callback import FedTuneCallback
 from fedtune.client.codec_link import CodecLink
+from fedtune.client.failing import note_failure
 from fedtune.client.loader import check_loader
 from fedtune.client.local import model_of, steps_of
 from fedtune.client.options import Options
@@ -157,7 +158,7 @@ def _join(trainer: Trainer, callback: FedTuneCallback) -> None:
     except FedtuneError as error:
         note_refusal(folder, error)
         if session is not None:
-            session.end(str(error))
+            session.end(note_failure(error))
             time.sleep(REFUSAL_S)
             session.close()
         raise

@@ -76,7 +76,7 @@ class Ranks:
             result = act()
         except FedtuneError as error:
             problem = error
-        reason = self._first_problem("" if problem is None else str(problem))
+        reason = self._first_problem("" if problem is None else problem.outside)
         if problem is not None:
             raise problem
         if reason:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from fedtune.errors import ConfigError, DataError, ManifestError, SiteError
+from fedtune.failures import failure_of
 from fedtune.relay.folder import RunFolder
 
 __all__ = ["note_refusal"]
@@ -16,4 +17,4 @@ def note_refusal(folder: RunFolder | None, error: BaseException) -> None:
     """Tell `fedtune join`, where the error is one of settings: base, adapter, rows, limits."""
     if folder is not None and isinstance(error, SETTINGS):
         with suppress(OSError):  # then it is started again
-            folder.write_refusal(" ".join(str(error).split()))
+            folder.write_refusal(failure_of(error).outside)

@@ -13,6 +13,7 @@ import atexit
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.client.codec_link import CodecLink, Seal
 from fedtune.client.door import Door
+from fedtune.client.failing import note_failure, told
 from fedtune.errors import FedtuneError, FrameError, RoundError
 from fedtune.files import write_bytes
 from fedtune.relay.folder import RunFolder
@@ -86,7 +88,7 @@ class Request:
 
     def _refuse(self, error: Exception) -> None:
         log.error("%s: %s", self.kind, error)
-        self.fail(str(error))
+        self.fail(told(error))
 
     def wait(self) -> bytes:
         """The encoded answer, once there is one."""
@@ -122,7 +124,7 @@ class Session:
         self._over = ""
         self._status: dict[str, str | int | float] = {}
         folder.replies.mkdir(mode=0o700, exist_ok=True)
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
         self.say("starting")
         self._door.open()
 
@@ -177,11 +179,19 @@ class Session:
         if self._door.closed:
             return
         self._door.close()
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self.end(self._over or reason)
         with self._changed:
             self._changed.wait_for(lambda: not self._busy, GOODBYE_S)
         self._door.release()
+
+    def _close_at_exit(self) -> None:
+        """What ended the interpreter is why."""
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            self.close()
+        else:
+            self.close(f"the script failed: {note_failure(error)}")
 
     def _converse(self, connection: Connection) -> None:
         try:

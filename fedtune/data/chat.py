@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Json, List
 from fedtune.data.columns import as_text
 from fedtune.data.detect import RowFormat
 from fedtune.data.origin import row_name
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = ["BESIDE_TURNS", "as_chat_rows", "is_chat", "turns_of"]
 
@@ -208,4 +208,4 @@ def _parsed(cell: Any) -> Any:
 
 def _shown(value: Any) -> str:
     text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return private(text if len(text) <= 60 else text[:57] + "...")

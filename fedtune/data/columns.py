@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 from fedtune.config import DataArguments
 from fedtune.data.origin import Faults, bad_rows
 from fedtune.data.text import say_once
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = [
     "find_label_column",
@@ -41,12 +41,13 @@ def require_column(columns: Sequence[str], name: str, flag: str, or_else: str = 
         return name
     near = difflib.get_close_matches(name, columns, n=1)
     fix = (
-        f"did you mean {flag} {near[0]}?"
+        f"did you mean {flag} {private(near[0])}?"
         if near
         else f"set {flag} to one of these columns{or_else}."
     )
     raise DataError(
-        f"{flag}: expected a column of the data ({quoted(columns)}), received {name!r}. Fix: {fix}"
+        f"{flag}: expected a column of the data ({private(quoted(columns))}), received {name!r}. "
+        f"Fix: {fix}"
     )
 
 
@@ -102,7 +103,7 @@ def names_of(rows: Dataset, name: str) -> list[str]:
     def fault(cell: Any) -> str | None:
         if isinstance(cell, float) and cell.is_integer():
             return None
-        fraction = f"the fraction {cell}" if isinstance(cell, float) else None
+        fraction = f"the fraction {private(cell)}" if isinstance(cell, float) else None
         return _null(cell) or fraction or KINDS.get(type(cell))
 
     refuse_cells(rows, name, "names or whole numbers", fault)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fedtune.data.text import BadText, say_once
+from fedtune.errors import private
 
 __all__ = ["read_csv"]
 
@@ -116,7 +117,7 @@ def _column_names(header: list[str], line: int) -> list[str]:
     names = [name if name.strip() else f"unnamed_{i}" for i, name in enumerate(header)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise BadText(f"its header (line {line}) names the column {twice[0]!r} twice")
+        raise BadText(f"its header (line {line}) names the column {private(repr(twice[0]))} twice")
     return names
 
 

@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from fedtune.config import DataArguments
 from fedtune.data.columns import quoted, require_column, require_text
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = ["RowFormat", "plain_texts", "requests", "row_format"]
 
@@ -61,7 +61,7 @@ def row_format(columns: Sequence[str], data: DataArguments) -> RowFormat:
             return known
     raise DataError(
         "columns: expected messages or conversations, or instruction/input/output, "
-        f"question/answer, prompt/completion, or text; received {quoted(columns)}. "
+        f"question/answer, prompt/completion, or text; received {private(quoted(columns))}. "
         "Fix: rename them, or name the text with --text_column."
     )
 
@@ -89,7 +89,7 @@ def plain_texts(rows: Dataset, data: DataArguments) -> list[str]:
     form = by_name[0] if by_name and data.text_column is None else row_format(columns, data)
     if form.kind == "messages":
         raise DataError(
-            f"columns: expected a text to classify, received {quoted(columns)}. "
+            f"columns: expected a text to classify, received {private(quoted(columns))}. "
             "Fix: name it with --text_column."
         )
     return [given if given.strip() else request for request, given in requests(rows, form)]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from fedtune.data.origin import Faults, bad_rows
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = ["check_tokens", "check_trainer_tokens"]
 
@@ -88,7 +88,7 @@ def _first_beyond(rows: Iterable[Sequence[int]], limit: int) -> int | None:
 
 
 def _shown(token: int, tokenizer: Any) -> str:
-    return f"token {token:,} `{tokenizer.convert_ids_to_tokens(token)}`"
+    return f"token {token:,} `{private(tokenizer.convert_ids_to_tokens(token))}`"
 
 
 def _check_padding(sizes: Sizes, tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from fedtune.data.csv_rows import read_csv
 from fedtune.data.json_rows import read_json
 from fedtune.data.origin import mark
 from fedtune.data.text import BINARY, BadText, decode, say_once, unpack
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = ["READERS", "first_line", "not_empty", "quiet", "read_file"]
 
@@ -141,7 +141,7 @@ def _parquet(path: Path, content: bytes) -> Dataset:
     except Exception as error:  # the reader raises many kinds; the user needs one line
         if "corresponds to no data" in str(error):
             return Dataset.from_dict({})
-        raise BadText(first_line(error)) from error
+        raise BadText(private(first_line(error))) from error
     return rows
 
 
@@ -152,7 +152,8 @@ def _stripped(rows: Dataset, name: str) -> Dataset:
         return rows
     names = [column.strip() for column in rows.column_names]
     if len(set(names)) < len(names):
-        raise BadText(f"its columns differ by spaces alone: {', '.join(map(repr, spaced))}")
+        names = private(", ".join(map(repr, spaced)))
+        raise BadText(f"its columns differ by spaces alone: {names}")
     say_once(f"{name}: spaces around {', '.join(map(repr, spaced.values()))} are taken off.")
     return rows.rename_columns(spaced)
 

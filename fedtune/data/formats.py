@@ -20,7 +20,7 @@ from fedtune.data.labels import find_label_names, label_column, labels_of
 from fedtune.data.origin import Faults, bad_rows, derive
 from fedtune.data.template import find_template
 from fedtune.data.text import say_once
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = [
     "as_classification_rows",
@@ -103,8 +103,9 @@ def _classification_rows(rows: Dataset, data: DataArguments, names: list[str]) -
     bad = bad_rows(rows, unknown)
     if bad is not None:
         raise DataError(
-            f"column `{column}`: expected one of {', '.join(names)}, received {bad.received} in "
-            f"{bad.where}. Fix: correct what is named, or name all labels."
+            f"column `{column}`: expected one of {private(', '.join(names))}, received "
+            f"{private(bad.received)} in {bad.where}. Fix: correct what is named, or name all "
+            "labels."
         )
     labels = [ids[label] for label in labels_of(rows, data)]
     return Dataset.from_dict({"text": plain_texts(rows, data), "labels": labels})

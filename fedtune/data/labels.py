@@ -11,7 +11,7 @@ from fedtune.config import DataArguments
 from fedtune.data.columns import find_label_column, names_of, quoted, refuse_cells
 from fedtune.data.origin import origin_of
 from fedtune.data.text import say_once
-from fedtune.errors import DataError
+from fedtune.errors import DataError, private
 
 __all__ = ["check_held_out_labels", "find_label_names", "label_column", "labels_of"]
 
@@ -27,7 +27,8 @@ def label_column(rows: Dataset, data: DataArguments) -> str:
     column = find_label_column(rows.column_names, data)
     if column is None:
         raise DataError(
-            f"columns: expected a label, received {quoted(rows.column_names)}. "
+            f"columns: expected a label, received "
+            f"{private(quoted(rows.column_names))}. "
             "Fix: name it with --label_column."
         )
     return column
@@ -105,9 +106,9 @@ def _check_count(column: str, labels: list[str]) -> None:
     found = set(labels)
     if len(found) == 1:
         raise DataError(
-            f"column `{column}`: expected at least two labels, received `{labels[0]}` in all "
-            f"{len(labels):,} rows. Fix: add rows of another label, or name another column with "
-            "--label_column."
+            f"column `{column}`: expected at least two labels, received "
+            f"`{private(labels[0])}` in all {len(labels):,} rows. Fix: add rows of another "
+            "label, or name another column with --label_column."
         )
     if len(labels) < FEW or 2 * len(found) <= len(labels):
         return
@@ -115,7 +116,7 @@ def _check_count(column: str, labels: list[str]) -> None:
     if len(found) == len(labels):
         raise DataError(
             f"column `{column}`: expected labels that rows share, received {what}, such as "
-            f"{labels[0]!r}. Fix: name the column of the labels with --label_column."
+            f"{private(repr(labels[0]))}. Fix: name the column of the labels with --label_column."
         )
     say_once(f"column `{column}`: {what}; most labels are in one row alone. Is it the label?")
 
@@ -129,7 +130,8 @@ def _check_fractions(column: str, found: set[str]) -> None:
     if fractions:
         raise DataError(
             f"column `{column}`: expected names or whole numbers, received the fraction "
-            f"{fractions[0]}. Fix: name the classes, or name another column with --label_column."
+            f"{private(fractions[0])}. Fix: name the classes, or name another column with "
+            "--label_column."
         )
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from fedtune.config import DataArguments
 from fedtune.data.files import READERS, first_line, not_empty, quiet, read_file
 from fedtune.data.origin import first_rows, mark, select
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError, DataError, private
 
 __all__ = ["hold_out", "load_rows", "load_split"]
 
@@ -98,6 +98,6 @@ def _read_hub(name: str) -> Dataset:
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         raise DataError(
             f"--dataset_name: expected a data set with a split `train`, received {name!r}: "
-            f"{first_line(error)}. Fix: check the id and the network, or use --train_file."
+            f"{private(first_line(error))}. Fix: check the id and the network, or use --train_file."
         ) from error
     return mark(not_empty(rows, f"--dataset_name {name}"), name)

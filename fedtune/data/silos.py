@@ -15,7 +15,7 @@ from fedtune.data.load import load_split
 from fedtune.data.origin import select
 from fedtune.data.own_rows import own_rows
 from fedtune.data.partition import partition
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError, DataError, private
 
 __all__ = ["Silos", "make_silos"]
 
@@ -120,7 +120,7 @@ def _partition_column(rows: Dataset, data: DataArguments, label: str | None) -> 
     raise ConfigError(
         f"--partition {data.partition}: expected --partition_column, received none"
         f"{' and no label column was found' if data.partition == 'dirichlet' else ''}. "
-        f"Fix: --partition_column with one of {quoted(rows.column_names)}."
+        f"Fix: --partition_column with one of {private(quoted(rows.column_names))}."
     )
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from fedtune.data.chat import turns_of
 from fedtune.data.origin import row_name
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError, DataError, private
 
 __all__ = ["chat_texts", "find_template", "leaves_out", "marking_template"]
 
@@ -67,8 +67,8 @@ def chat_texts(rows: Dataset, tokenizer: Any, template: str | None = None) -> li
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"chat template: refuses {row_name(rows, i)} (turns: {_roles(turns)}): {reason}. "
-                "Fix: correct or remove that row, or use another template."
+                f"chat template: refuses {row_name(rows, i)} (turns: {_roles(turns)}): "
+                f"{private(reason)}. Fix: correct or remove that row, or use another template."
             ) from error
         if any(turn["content"].strip() not in text for turn in turns[1:] if _system(turn)):
             raise DataError(

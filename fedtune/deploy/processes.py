@@ -24,11 +24,12 @@ import psutil
 from fedtune.deploy import parent
 from fedtune.deploy.family import GIVE_UP_S, MARK, POLL_S, family, start_sweeper, subreaper
 from fedtune.errors import ConfigError, DeployError
+from fedtune.failures import signal_name
 from fedtune.signals import STOPPING, stoppable
 
 __all__ = ["Part", "Supervisor", "free_port"]
 
-TAIL_LINES, TAIL_BYTES = 5, 8192
+TAIL_LINES, TAIL_BYTES = 5, 65536
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -58,20 +59,31 @@ class Part:
         """Exit status (negative: the signal that ended it), or None while it runs."""
         return self.process.poll()
 
+    def lines(self) -> list[str]:
+        """The end of this start's log, without colours."""
+        try:
+            with self.log.open("rb") as handle:
+                end = handle.seek(0, os.SEEK_END)
+                handle.seek(max(self.log_start, end - TAIL_BYTES))
+                return COLOURS.sub("", handle.read().decode("utf-8", "replace")).splitlines()
+        except OSError:  # somebody cleaned up
+            return []
+
+    @property
+    def how(self) -> str:
+        """`name: killed by SIGKILL`, `name: ended, status 3`."""
+        status = self.status or 0
+        end = f"killed by {signal_name(-status)}" if status < 0 else f"ended, status {status}"
+        return f"{self.name}: {end}"
+
     def tail(self) -> str:
         """The last lines of this start's log, on one line."""
-        with self.log.open("rb") as handle:
-            end = handle.seek(0, os.SEEK_END)
-            handle.seek(max(self.log_start, end - TAIL_BYTES))
-            text = COLOURS.sub("", handle.read().decode("utf-8", "replace"))
-        lines = [" ".join(line.split()) for line in text.splitlines() if line.strip(" \t^~")]
+        lines = [" ".join(line.split()) for line in self.lines() if line.strip(" \t^~")]
         return " | ".join(lines[-TAIL_LINES:])
 
     def ended(self) -> DeployError:
         """Why it is no longer there, with the end of its log."""
-        status = self.status or 0
-        how = f"killed by {_signal_name(-status)}" if status < 0 else f"ended, status {status}"
-        return DeployError(f"{self.name}: {how}. {self.last_words()}")
+        return DeployError(f"{self.how}. {self.last_words()}")
 
     def last_words(self) -> str:
         """Where its log is and how it ends."""
@@ -257,10 +269,3 @@ def _deaf() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None:  # one that was not set from Python cannot be put back
                 signal.signal(number, handler)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

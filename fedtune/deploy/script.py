@@ -7,10 +7,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fedtune.deploy.processes import COLOURS, Part, Supervisor
 from fedtune.errors import SiteError
+from fedtune.failures import Failure, printed_failure
+from fedtune.files import append_line
 from fedtune.relay.folder import ENVIRONMENT, Over, RunFolder, SitePlan
 
 __all__ = ["LogLines", "Script", "without_bars"]
@@ -79,7 +82,7 @@ class Script:
         if status and not self.finished and may_restart:
             self._restarts += 1
             count = f"{self._restarts} of {self._max_restarts}"
-            self._say(f"run {self.run}: trainer restarted ({count}). {self._part.ended()}")
+            self._say(f"run {self.run}: trainer restarted ({count}). {self._how(self._failure())}")
             self._ended_at = None
             self._part, self._lines = self._start()
             return None
@@ -87,8 +90,10 @@ class Script:
             reason = f"this site cannot take part: {refusal}"
             self._say(f"error: run {self.run}: {reason} Log: {self._part.log}")
         elif status:
+            failure = self._failure()
             reason = "it failed after the run" if self.finished else self._gave_up()
-            self._say(f"error: run {self.run}: {reason}. {self._part.ended()}")
+            self._say(f"error: run {self.run}: {reason}. {self._how(failure)}")
+            reason += f": {failure.outside}" if failure else ""
         elif not took_part:
             status = 1
             reason = "no patched Trainer trained: call fedtune.patch(trainer) before train()"
@@ -122,8 +127,24 @@ class Script:
             "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
         }
         self._folder.note_start()
+        self._folder.forget_failure()
         part = self._parts.start(TRAINER, self._command, env=environment)
         return part, LogLines(part.log, part.log_start)
+
+    def _failure(self) -> Failure | None:
+        """Why it failed: as fedtune has written it down, else as the script has printed it."""
+        failure = self._folder.failure
+        if failure is None:
+            failure = printed_failure(self._part.lines())
+            if failure is not None:
+                with suppress(OSError):  # the disk may be full
+                    append_line(self._part.log, f"fedtune: {failure.line}")
+        return failure
+
+    def _how(self, failure: Failure | None) -> str:
+        if failure is None:
+            return str(self._part.ended())
+        return f"{self._part.how}: {failure.text} (id {failure.id}). Log: {self._part.log}"
 
     def _settled(self) -> bool:
         """Whether it is known if the script ended before or after the end of the run."""

@@ -6,12 +6,14 @@ remembers nothing; arrays pass through as the bytes they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, SiteError
+from fedtune.failures import failure_of
 from fedtune.relay.folder import Over, Progress, RunFolder, SitePlan
 from fedtune.relay.frames import STARTING, encode
 from fedtune.relay.link import StillStarting, ask
@@ -21,6 +23,8 @@ from fedtune.transport.packing import packed
 __all__ = ["app"]
 
 PATIENCE_S = 10.0  # with a script that starts; below the server's with its goodbye
+
+log = logging.getLogger(__name__)
 
 app = ClientApp(mods=[packed])
 
@@ -106,7 +110,11 @@ def _relay(
             "the site's disk, and start fedtune join there again."
         ) from None
     except FedtuneError as error:
-        raise SiteError(f"site {site.name}: {error}") from None
+        raise SiteError(f"site {site.name}: {error.outside}") from None
+    except Exception as error:  # its text may be about anything at the site
+        failure = failure_of(error)
+        log.exception("%s", failure.line)
+        raise SiteError(f"site {site.name}: its relay failed: {failure.outside}") from None
     if reply.error is not None:
         raise SiteError(f"site {site.name}: {reply.error}")
     return Message(reply.content, reply_to=message)

@@ -11,6 +11,7 @@ flower.json     which of Flower's runs goes on here
 started         touched when the script is started
 over.json       that the run is over at the server, where the trainer has not heard it
 refused.json    why the script would fail again if it was started again
+failure.json    why the script failed, in its own words
 ended.json      the script's exit status, once it will not be started again
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ConfigError
+from fedtune.failures import Failure, how_ended
 from fedtune.files import read_json, write_json
 
 __all__ = ["ENVIRONMENT", "Over", "Progress", "RunFolder", "SitePlan"]
@@ -222,9 +224,28 @@ class RunFolder:
         return None if plain is None else int(plain["status"])
 
     @property
-    def end_reason(self) -> str:
-        """Why the script will not be started again, or nothing."""
-        return str((self._read("ended.json") or {}).get("reason", ""))
+    def end(self) -> str:
+        """How the script ended and why it will not be started again; nothing before."""
+        plain = self._read("ended.json")
+        if plain is None:
+            return ""
+        reason = f" ({plain['reason']})" if plain.get("reason") else ""
+        return f"the site's script {how_ended(int(plain['status']))}{reason}"
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the script failed, where it could tell."""
+        plain = self._read("failure.json")
+        return None if plain is None else Failure(**plain)
+
+    def write_failure(self, failure: Failure) -> None:
+        """Say why the script fails; what was said first stays."""
+        if self.failure is None:
+            write_json(self.path / "failure.json", asdict(failure))
+
+    def forget_failure(self) -> None:
+        """The script is started again."""
+        (self.path / "failure.json").unlink(missing_ok=True)
 
     def write_exit_status(self, status: int, reason: str = "") -> None:
         """Say that the script will not be started again, and why."""

@@ -68,9 +68,8 @@ def ask(
                     absent_since = time.monotonic()
         except (EOFError, OSError) as broken:  # which one it is depends on the instant of the kill
             problem = broken
-        status = folder.exit_status
-        if status is not None:
-            return _last_reply(folder, frame, status)
+        if folder.exit_status is not None:
+            return _last_reply(folder, frame)
         now = time.monotonic()
         if now >= deadline:
             raise SiteError(
@@ -160,18 +159,14 @@ def _identity(folder: RunFolder) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def _last_reply(folder: RunFolder, frame: bytes, status: int) -> Frame:
+def _last_reply(folder: RunFolder, frame: bytes) -> Frame:
     """What the trainer wrote down before its script ended; otherwise the end is the answer."""
     request = decode(frame)
     try:
         return decode((folder.replies / request_key(request.kind, request.content)).read_bytes())
     except (FileNotFoundError, FrameError):
         pass
-    why = folder.end_reason or "the run was not over"
-    raise SiteError(
-        f"trainer: expected a reply, but the site's script has ended with status {status} ({why}). "
-        "Look at the site's trainer.log."
-    )
+    raise SiteError(f"expected a reply, but {folder.end}. Look at the site's trainer.log.")
 
 
 def _say(problem: Exception) -> str:

@@ -131,10 +131,7 @@ class SiteFolder:
                     f"received {plan}. Submit a new run."
                 )
             if folder.exit_status is not None:
-                raise SiteError(
-                    f"run {plan.run}: the site's script has ended with status {folder.exit_status} "
-                    f"({folder.end_reason}). See its trainer.log."
-                )
+                raise SiteError(f"run {plan.run}: {folder.end}. Look at the site's trainer.log.")
             folder.write_flower_run(flower_run)
             return folder
         check_plan(plan, limits)

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.adapters import Manifest, check, load_init_adapter
 from fedtune.config import FederationArguments, TransportArguments
-from fedtune.errors import FedtuneError, RoundError, RunStopped
+from fedtune.errors import FedtuneError, RoundError, RunStopped, private
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import AttemptHook, Plan, RoundHook, run_rounds
@@ -19,7 +19,7 @@ from fedtune.strategies import Method
 from fedtune.strategies.agreement import check_manifest
 from fedtune.strategies.registry import name_of
 from fedtune.strategies.shell import FedStrategy
-from fedtune.strategies.updates import one_line
+from fedtune.strategies.updates import reason_of
 from fedtune.transport.codec_grid import CodecGrid
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import (
@@ -138,12 +138,22 @@ def serve(connected: Grid, run: ServerRun) -> ServerState:
         reason = "stopped"
         raise
     except FedtuneError as error:
-        reason = f"failed: {error}"
+        reason = _farewell(error)
         raise
     finally:
         state = members.state or state
         members.finish(reason, state, _personal(run.method, state))
     return state
+
+
+def _farewell(error: FedtuneError) -> str:
+    """What all sites are told of a run's failure: nothing that another site has told.
+
+    Other errors speak of files of the server, or repeat what a site has sent.
+    """
+    if isinstance(error, RoundError):
+        return f"failed: {error.outside}"
+    return "failed: the server could not go on; its coordinator knows why"
 
 
 def _coded(grid: Grid, run: ServerRun) -> CodecGrid | None:
@@ -199,8 +209,8 @@ def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState
     message = Message(pack(config={"run": run.plan.run, "round": 0}), member.node, INITIAL)
     reply = next(grid.send_and_receive([message]), None)
     if reply is None or reply.has_error():
-        problem = one_line(reply.error.reason) if reply else "it has left"
-        raise RoundError(f"{member.name} could not give its adapter: {problem}")
+        problem = reason_of(reply) if reply else "it has left"
+        raise RoundError(f"{private(member.name)} could not give its adapter: {private(problem)}")
     manifest = Manifest.from_json(str(config_of(reply.content)["manifest"]))
     check_manifest(f"--strategy {name_of(run.method)}", run.method.properties, manifest)
     run.codec.check_use(manifest.entries)

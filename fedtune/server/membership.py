@@ -17,12 +17,12 @@ from typing import Any, Literal
 from flwr.app import Message, RecordDict
 
 from fedtune.adapters import Manifest
-from fedtune.errors import RoundError
+from fedtune.errors import RoundError, private
 from fedtune.relay.frames import STARTING
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
-from fedtune.strategies.updates import one_line
+from fedtune.strategies.updates import one_line, reason_of
 from fedtune.strategies.views import Views
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import FINISH, PLAN, SETUP, Member, PlanTask, pack
@@ -147,7 +147,7 @@ class Membership:
             messages = [Message(content, node, FINISH) for node, content in contents.items()]
             for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
                 if reply.has_error():
-                    log.warning("finish: %s", one_line(reply.error.reason))
+                    log.warning("finish: %s", reason_of(reply))
         except Exception as error:  # whatever ended the run must not be hidden by its goodbye
             log.warning("finish: sites were not told (%s: %s)", type(error).__name__, error)
 
@@ -187,19 +187,20 @@ class Membership:
             if idle and len(found) >= self._min_clients:
                 return found
             if not self._patient and self.problems:
-                raise RoundError(f"a client could not start: {next(iter(self.problems.values()))}")
+                problem = next(iter(self.problems.values()))
+                raise RoundError(f"a client could not start: {private(problem)}")
             if time.monotonic() > deadline:
                 raise RoundError(self._too_few(found))
             if idle:
                 self._grid.pause()
 
     def _too_few(self, found: list[Member]) -> str:
-        names = ", ".join(member.name for member in found) or "none"
+        names = private(", ".join(member.name for member in found) or "none")
         refused = "".join(f"; {name}: {why}" for name, why in sorted(self.problems.items()))
         starting = sum(node.stage in ("asked", "setting up") for node in self._nodes.values())
         return (
             f"expected {self._min_clients} clients within {self._join_timeout_s:.0f} s, "
-            f"{len(found)} are there ({names}), {starting} are starting{refused}."
+            f"{len(found)} are there ({names}), {starting} are starting{private(refused)}."
         )
 
     def _look(self) -> bool:
@@ -219,7 +220,7 @@ class Membership:
             try:
                 self._take(number, node, reply)
             except Exception as error:  # an answer from outside may be wrong in any way
-                self._refuse(number, node, f"unusable answer: {one_line(repr(error))}")
+                self._refuse(number, node, f"unusable answer: {_words(error)}")
         rows = [_row(number, node) for number, node in sorted(self._nodes.items())]
         if rows != self._shown:
             self._shown = rows
@@ -255,7 +256,7 @@ class Membership:
     def _take(self, number: int, node: _Node, reply: Message) -> None:
         node.pending, node.seen = "", time.monotonic()
         if reply.has_error():
-            self._refuse(number, node, self._ranks(node) or one_line(reply.error.reason))
+            self._refuse(number, node, self._ranks(node) or reason_of(reply))
         elif config_of(reply.content).get(STARTING):
             node.stage, node.name = "new", str(config_of(reply.content)["client"])
         elif node.stage == "asked":
@@ -306,6 +307,10 @@ class Membership:
 def _objection(expected: Manifest, built: Manifest | None) -> str:
     """Why a node's adapter is another one; a node without a model takes what it gets."""
     return expected.objection_to(built.frozen(expected.static)) if built else ""
+
+
+def _words(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 def _row(number: int, node: _Node) -> dict[str, Any]:

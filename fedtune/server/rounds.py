@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 
 from fedtune.config import FederationArguments
-from fedtune.errors import RoundError
+from fedtune.errors import RoundError, private
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import Membership
 from fedtune.strategies.advance import ServerMemory
@@ -21,7 +21,7 @@ from fedtune.strategies.outcome import Outcome
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import finite_or_none
 from fedtune.transport.grid import EagerGrid
-from fedtune.transport.messages import RoundTask
+from fedtune.transport.messages import Member, RoundTask
 from fedtune.transport.records import params_of, to_arrays
 from fedtune.transport.traffic import Traffic
 
@@ -158,7 +158,7 @@ def _run_round(
     while True:
         attempt = len(failures) + 1
         grid.wait_s, coded_s = 0.0, grid.traffic.codec_s
-        strategy.members = members.ready()
+        strategy.members = _ready(members, failures)
         strategy.tasks = _tasks(strategy, plan, state, number, attempt)
         replies = grid.send_and_receive(
             strategy.configure_train(number, arrays, ConfigRecord(), grid.grid),
@@ -175,8 +175,9 @@ def _run_round(
         log.warning("round %d, attempt %d failed: %s", number, attempt, failures[-1]["reason"])
         if len(failures) > plan.max_failed_rounds:
             raise RoundError(
-                f"round {number} failed {len(failures)} times: {failures[-1]['reason']}. Fix the "
-                "clients, or allow fewer with --min_replies."
+                f"round {number} failed {len(failures)} times: {_few(strategy, outcome)} "
+                f"({private(_reasons(outcome))}). Fix the clients, or allow fewer with "
+                "--min_replies."
             )
     state.client_rounds.update(outcome.rounds)
     coded_s = grid.traffic.codec_s - coded_s  # in the attempt that was good, as is the wait
@@ -287,9 +288,27 @@ def _warn_of_size(before: Cumulative, now: Cumulative) -> None:
         )
 
 
+def _ready(members: Membership, failures: list[dict[str, Any]]) -> list[Member]:
+    """Who is there; where too few come back, why they failed before is the reason."""
+    try:
+        return members.ready()
+    except RoundError as error:
+        if not failures:
+            raise
+        before = private(f"{failures[-1]['reason']}")
+        raise RoundError(f"{error.outside} Before that: {before}.") from None
+
+
 def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:
-    reasons = "; ".join(f"{item.client}: {item.reason}" for item in outcome.refused[:3])
     return {
-        "reason": f"{len(outcome.replies)} of {strategy.needed} needed updates ({reasons})",
+        "reason": f"{_few(strategy, outcome)} ({_reasons(outcome)})",
         "refused": [asdict(refusal) for refusal in outcome.refused],
     }
+
+
+def _few(strategy: FedStrategy, outcome: Outcome) -> str:
+    return f"{len(outcome.replies)} of {strategy.needed} needed updates"
+
+
+def _reasons(outcome: Outcome) -> str:
+    return "; ".join(f"{item.client}: {item.reason}" for item in outcome.refused[:3])

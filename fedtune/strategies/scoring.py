@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from flwr.app import Message, MetricRecord
 
-from fedtune.errors import RoundError
+from fedtune.errors import RoundError, private
 from fedtune.strategies.lora.manifests import rank_total
-from fedtune.strategies.updates import finite_or_none, one_line, plausible
+from fedtune.strategies.updates import finite_or_none, one_line, plausible, reason_of
 from fedtune.transport.messages import Member
 from fedtune.transport.records import config_of, metrics_of
 
@@ -91,7 +91,7 @@ def mean_scores(
     if not any(weights.values()) and needed:
         raise RoundError(
             f"evaluation of round {server_round} failed: "
-            f"{'; '.join(problems) or 'no client answered'}"
+            f"{private('; '.join(problems) or 'no client answered')}"
         )
     mean = MetricRecord()
     for key, value in totals.items():
@@ -103,7 +103,7 @@ def mean_scores(
 def _read(message: Message, server_round: int, client: str) -> _Reading:
     """What a reply says; raises ValueError where it is of no use."""
     if message.has_error():
-        raise ValueError(one_line(message.error.reason))
+        raise ValueError(reason_of(message))
     if config_of(message.content).get("round") != server_round:
         raise ValueError("answered for another round")
     given = {key: v for key, v in metrics_of(message.content).items() if not isinstance(v, list)}

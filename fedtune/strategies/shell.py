@@ -30,6 +30,7 @@ from fedtune.strategies.updates import (
     UpdateRefusedError,
     one_line,
     read_update,
+    reason_of,
 )
 from fedtune.strategies.views import Flight, Views
 from fedtune.transport.messages import EVALUATE, TRAIN, EvaluateTask, Member, RoundTask, pack
@@ -171,7 +172,7 @@ class FedStrategy(Strategy):
                 outcome.refused.append(Refusal(node, name, "not asked, or answered twice"))
                 continue
             if message.has_error() and message.metadata.src_node_id != node:  # it is lost
-                outcome.refused.append(Refusal(node, name, one_line(message.error.reason)))
+                outcome.refused.append(Refusal(node, name, reason_of(message)))
                 continue
             started = time.perf_counter()
             try:

@@ -26,7 +26,7 @@ from flwr.serverapp.exception import AggregationError, InconsistentMessageReplie
 from torch import Tensor
 
 from fedtune.adapters import Entry
-from fedtune.errors import ConfigError, RoundError
+from fedtune.errors import ConfigError, RoundError, private
 from fedtune.nearest import nearest
 from fedtune.strategies.base import ANY_ROUND, Method, Properties, Round
 from fedtune.transport.messages import TRAIN, pack
@@ -110,7 +110,7 @@ class StockFold:
             strategy.configure_train(number, to_arrays(start), ConfigRecord(), None)  # type: ignore[arg-type]
             arrays, _ = strategy.aggregate_train(number, replies)
         except (AggregationError, InconsistentMessageReplies) as error:
-            raise RoundError(f"{self._where}: {' '.join(str(error).split())}") from error
+            raise RoundError(f"{self._where}: {private(' '.join(str(error).split()))}") from error
         found = {} if arrays is None else params_of(arrays)
         for name in sorted({*first, *found}):
             got = tuple(found[name].shape) if name in found else "none"

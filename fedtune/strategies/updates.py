@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,11 +16,21 @@ from fedtune.strategies.base import ClientStats
 from fedtune.transport.messages import ARRAYS, CONTROL, RoundTask, arrays_of
 from fedtune.transport.records import config_of, metrics_of, params_of
 
-__all__ = ["Expected", "Refusal", "Update", "UpdateRefusedError", "read_update"]
+__all__ = [
+    "Expected",
+    "Refusal",
+    "Update",
+    "UpdateRefusedError",
+    "one_line",
+    "plausible",
+    "read_update",
+    "reason_of",
+]
 
 
 MOST_STEPS = 10**7  # of a round that is planned in epochs
 LARGEST_FIGURE = 1e30
+EXCEPTION = re.compile(r"<class '(?P<type>(?:\w+\.)*(?P<name>\w+))'>:<'(?P<text>.*)'>", re.DOTALL)
 
 
 class UpdateRefusedError(Exception):
@@ -76,7 +87,7 @@ class Expected:
 def read_update(message: Message, expected: Expected) -> Update:
     """Decode and check one reply; raises UpdateRefusedError with the reason."""
     if message.has_error():
-        raise UpdateRefusedError(f"client failed: {one_line(message.error.reason)}")
+        raise UpdateRefusedError(f"client failed: {reason_of(message)}")
     config, metrics = config_of(message.content), metrics_of(message.content)
     if config.get("round") != expected.server_round:
         raise UpdateRefusedError(
@@ -151,6 +162,16 @@ def one_line(text: str | None, limit: int = 300) -> str:
     """Text folded into one line of at most `limit` characters."""
     folded = " ".join((text or "no reason given").split())
     return folded if len(folded) <= limit else folded[: limit - 1] + "…"
+
+
+def reason_of(message: Message) -> str:
+    """Why a client failed, in one line; Flower hands on exceptions as `<class 'x.E'>:<'why'>`."""
+    text = message.error.reason if message.has_error() else ""
+    match = EXCEPTION.fullmatch(text)
+    if match is None:
+        return one_line(text)
+    known = match["type"].startswith("fedtune.") and match["text"]
+    return one_line(match["text"] if known else f"{match['name']}: {match['text']}".rstrip(": "))
 
 
 def _count(value: object, name: str, most: int = 2**53 - 1) -> int:

@@ -28,8 +28,8 @@ from tests.client.trainers import small_model, small_trainer
 class Steps(TrainerCallback):
     """Writes down every step, and kills the process after one of them."""
 
-    def __init__(self, log: Path, kill_at: int) -> None:
-        self._log, self._kill_at = log, kill_at
+    def __init__(self, log: Path, kill_at: int, raise_at: int) -> None:
+        self._log, self._kill_at, self._raise_at = log, kill_at, raise_at
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         rate = given["lr_scheduler"].get_last_lr()[0]
@@ -39,6 +39,8 @@ class Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self._raise_at:
+            raise ValueError("cannot tokenize Jane Roe")
 
 
 def digest(params: dict[str, Tensor]) -> str:
@@ -81,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kill_at", type=int, default=-1)
+    parser.add_argument("--raise_at", type=int, default=-1, help="in the last rank")
     parser.add_argument("--save_steps", type=int, default=0)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--spread_out", action="store_true")
@@ -92,9 +95,10 @@ def main() -> None:
     if "RANK" in os.environ:
         training |= {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     torch.set_num_threads(1)
+    raise_at = given.raise_at if rank == str(int(os.environ.get("WORLD_SIZE", 1)) - 1) else -1
     log = given.directory / f"steps-{rank}.log"
     trainer = small_trainer(
-        given.directory / "output", callbacks=[Steps(log, given.kill_at)], **training
+        given.directory / "output", callbacks=[Steps(log, given.kill_at, raise_at)], **training
     )
     try:
         if not given.plain:

@@ -29,7 +29,7 @@ from fedtune.transport.differences import code, form_of, undo
 from fedtune.transport.messages import ARRAYS, CONTROL, TRAIN, arrays_of, pack
 from fedtune.transport.settings import CodecSettings
 from fedtune.transport.versions import Version
-from tests.client.driver import Params, Server, planned, trained
+from tests.client.driver import Params, Server, planned, send, trained
 from tests.client.script import digest
 from tests.client.trainers import small_trainer, train
 from tests.federation.small import same_tensors
@@ -144,6 +144,20 @@ def test_when_rank_0_fails_all_end(run: RunFolder, tmp_path: Path) -> None:
     errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
     assert errors[0] == errors[1]
     assert "within 1 s" in errors[0]
+
+
+def test_why_another_rank_failed_is_found(run: RunFolder, tmp_path: Path) -> None:
+    """Rank 0, which talks, is ended by the launcher and can say nothing."""
+
+    def one_round(server: Server) -> None:
+        frame = server.train_frame(1, server.begin())
+        with suppress(EOFError, OSError):
+            send(run, frame)
+
+    with Server(run, one_round):
+        assert script(tmp_path, "--raise_at=2", ranks=2) == 1
+    assert run.failure is not None
+    assert run.failure.outside == f"ValueError (id {run.failure.id})"
 
 
 @dataclass

@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -277,8 +278,8 @@ def test_the_server_hears_of_a_script_that_failed_for_good(join: Joins) -> None:
     made.until(lambda: len(made.asked) >= 6)
     failed = [bool(row["error"]) for row in made.asked[:6]]
     assert failed == [False, False, True, True, True, False]
-    assert "site a: trainer: expected a reply, but the site's script has ended" in made.errors[0]
-    assert "status -9 (the script failed and may not be restarted" in made.errors[0]
+    assert "site a: expected a reply, but the site's script was killed by SIGKILL" in made.errors[0]
+    assert "(the script failed and may not be restarted" in made.errors[0]
     made.sees("run 8 begins")
 
 
@@ -318,6 +319,50 @@ def test_the_server_hears_why_a_site_was_refused(join: Joins) -> None:
     made = join(RUN, script=[sys.executable, "-c", REFUSES])
     made.until(lambda: made.errors)
     assert "this site cannot take part: adapter: expected rank 8, received 4." in made.errors[0]
+
+
+FAILS = {
+    "an exception": ("raise ValueError('no ward Jane Roe')", "ended with status 1", "ValueError"),
+    "an error of fedtune": (
+        "from fedtune.client.failing import note_failure\n"
+        "from fedtune.errors import DataError, private\n"
+        "note_failure(DataError('label: received ' + private('Jane Roe') + ' in row 3'))\n"
+        "raise SystemExit(2)",
+        "ended with status 2",
+        "label: received … in row 3",
+    ),
+    "a status": ("print('Jane Roe')\nraise SystemExit(7)", "ended with status 7", ""),
+    "a text as status": ("raise SystemExit('Jane Roe')", "ended with status 1", ""),
+    "a signal": (
+        "import os; print('Jane Roe', flush=True); os.kill(os.getpid(), 11)",
+        "was killed by SIGSEGV",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", FAILS)
+def test_why_a_script_fails_leaves_the_site_as_type_and_id(join: Joins, way: str) -> None:
+    """Before `patch` fedtune hears of nothing but what the script prints, and how it ends."""
+    code, ended, told = FAILS[way]
+    flags = ["--max_restarts", "0"]
+    made = join("plan:7", *flags, script=[sys.executable, "-c", code])
+    (error,) = made.until(lambda: made.errors)
+    assert f"site a: expected a reply, but the site's script {ended} (" in error
+    assert "Jane" not in error
+    assert "class" not in error
+    made.sees("a: waiting for the next run")
+    (line,) = [text for text in made.printed.splitlines() if text.startswith("a: error: run 7: ")]
+    assert "Jane Roe" in line
+    log = (made.directory / "logs/trainer.log").read_text()
+    found = re.search(r"\(id (\w{8})\)", error)
+    assert bool(found) == bool(told)
+    if found:
+        assert f": {told} (id {found[1]})" in error
+        assert f"(id {found[1]})" in line
+        (logged,) = [text for text in log.splitlines() if found[1] in text]
+        assert logged.startswith(f"fedtune: [id {found[1]}] ")
+        assert "Jane Roe" in logged
 
 
 def test_a_script_that_leaves_early(join: Joins) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.adapters import Entry, Manifest
 from fedtune.engines.inline import InlineGrid
-from fedtune.errors import RoundError
+from fedtune.errors import ConfigError, RoundError
 from fedtune.server import membership
 from fedtune.server.app import ServerRun
 from fedtune.server.checkpoint import ServerState
@@ -173,6 +173,50 @@ def test_a_failed_run_says_so_at_the_sites() -> None:
     # the one that failed is no member until it has been asked again, but its trainer waits
     assert sites.finished.keys() == {"client-0", "client-1"}
     assert all(reason.startswith("failed: round 1 failed") for _, reason in sites.finished.values())
+
+
+def test_no_site_hears_why_another_one_failed() -> None:
+    """What a site says may be of its rows, and the coordinator alone has asked for it."""
+
+    def leaking(content: RecordDict, task: RoundTask) -> RecordDict:
+        raise RuntimeError("cannot tokenize Jane Roe")
+
+    sites = Deployment(answers={"client-0": leaking})
+    run = deployed(2, num_rounds=2, max_failed_rounds=0)
+    with pytest.raises(RoundError, match=r"client-0: client failed: .*Jane Roe"):
+        result_of(serve(run, sites))
+    told = [reason for _, reason in sites.finished.values()]
+    assert len(told) == 2
+    assert set(told) == {
+        "failed: round 1 failed 1 times: 1 of 2 needed updates (…). Fix the clients, or allow "
+        "fewer with --min_replies."
+    }
+
+
+def test_no_site_hears_why_another_one_was_not_let_in() -> None:
+    sites = Deployment()
+    sites.refuse = {"client-1": "no rows of Jane Roe"}
+    run = deployed(2, num_rounds=1)
+    with pytest.raises(RoundError, match=r"client-0.*no rows of Jane Roe"):
+        result_of(serve(run, sites))
+    ((_, told),) = sites.finished.values()
+    assert told.startswith("failed: expected 2 clients within 0 s, 1 are there (…)")
+    assert "Jane" not in told
+    assert "client" not in told.removeprefix("failed: expected 2 clients")
+
+
+def test_no_site_hears_of_the_servers_own_errors() -> None:
+    sites = Deployment()
+    run = deployed(1, num_rounds=1)
+
+    def full(state: ServerState, record: dict[str, Any]) -> None:
+        raise ConfigError("--output_dir: cannot write /home/jane/secret")
+
+    run.on_round = full
+    with pytest.raises(ConfigError):
+        result_of(serve(run, sites))
+    ((_, told),) = sites.finished.values()
+    assert told == "failed: the server could not go on; its coordinator knows why"
 
 
 def test_a_site_that_failed_is_asked_from_the_start_before_its_next_round() -> None:

@@ -138,7 +138,7 @@ def test_kept_replies_do_not_speak_for_a_script_that_has_ended(begun: RunFolder)
     with trainer(begun):
         plan()
     begun.write_exit_status(1, "it crashed")
-    with pytest.raises(SiteError, match="has ended with status 1"):
+    with pytest.raises(SiteError, match="script ended with status 1"):
         plan()
 
 

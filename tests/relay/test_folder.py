@@ -39,7 +39,7 @@ def test_the_key_is_made_once(folder: RunFolder, short_path: Path) -> None:
 def test_empty_folder(folder: RunFolder) -> None:
     assert folder.plan is None
     assert folder.exit_status is None
-    assert folder.end_reason == ""
+    assert folder.end == ""
     assert folder.status == {}
     assert folder.progress == Progress(0, False)
 
@@ -54,7 +54,10 @@ def test_files_come_back(folder: RunFolder, plan: SitePlan) -> None:
     assert other.plan == plan
     assert other.status == {"state": "waiting", "round": 2}
     assert other.progress == Progress(2, True, "done")
-    assert (other.exit_status, other.end_reason) == (-9, "killed")
+    assert (other.exit_status, other.end) == (
+        -9,
+        "the site's script was killed by SIGKILL (killed)",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"status": '])

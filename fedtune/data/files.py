@@ -152,8 +152,8 @@ def _stripped(rows: Dataset, name: str) -> Dataset:
         return rows
     names = [column.strip() for column in rows.column_names]
     if len(set(names)) < len(names):
-        names = private(", ".join(map(repr, spaced)))
-        raise BadText(f"its columns differ by spaces alone: {names}")
+        given = private(", ".join(map(repr, spaced)))
+        raise BadText(f"its columns differ by spaces alone: {given}")
     say_once(f"{name}: spaces around {', '.join(map(repr, spaced.values()))} are taken off.")
     return rows.rename_columns(spaced)
 

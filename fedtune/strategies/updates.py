@@ -166,7 +166,7 @@ def one_line(text: str | None, limit: int = 300) -> str:
 
 def reason_of(message: Message) -> str:
     """Why a client failed, in one line; Flower hands on exceptions as `<class 'x.E'>:<'why'>`."""
-    text = message.error.reason if message.has_error() else ""
+    text = (message.error.reason if message.has_error() else "") or ""
     match = EXCEPTION.fullmatch(text)
     if match is None:
         return one_line(text)

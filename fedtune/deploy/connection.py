@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +26,7 @@ from fedtune.errors import ConfigError, DeployError
 __all__ = ["Connection", "flower_environment", "flower_program"]
 
 NAME = "fedtune"  # of the connection in the private config.toml
+SAY_S = 30.0
 COMMAND_S = 120.0  # Flower's own requests give up after 30 s
 SAID = 500  # characters of what Flower says
 # They would let a client choose its own address, and open ports that have no gate.
@@ -86,17 +89,17 @@ class Connection:
         """
         self.probe()
         try:
-            done = self._run(*words, "--format", "json", capture_output=True, timeout=COMMAND_S)
+            said, errors = self._run(*words, "--format", "json")
         except subprocess.TimeoutExpired:
             raise DeployError(
                 f"flwr {words[0]}: no answer from {self.address} in {COMMAND_S:g} s."
             ) from None
         try:
-            reply = json.loads(done.stdout)
+            reply = json.loads(said)
         except ValueError:
             reply = None
         if not isinstance(reply, dict):
-            raise self._failed(words, done.stderr or done.stdout)
+            raise self._failed(words, errors or said)
         if not reply.get("success"):
             raise self._failed(words, str(reply.get("error-message", "")))
         return reply
@@ -122,8 +125,30 @@ class Connection:
         if process.returncode:
             raise self._failed(words, errors)
 
-    def _run(self, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self._command(*words), env=self.env, text=True, **options)
+    def _run(self, *words: str | Path) -> tuple[str, str]:
+        """What it prints, out and error; says every `SAY_S` seconds that it is waited for.
+
+        Raises:
+            TimeoutExpired: after `COMMAND_S`.
+        """
+        command = self._command(*words)
+        with subprocess.Popen(
+            command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            began = time.monotonic()
+            try:
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.communicate(timeout=SAY_S)
+                    waited = time.monotonic() - began
+                    if waited >= COMMAND_S:
+                        raise subprocess.TimeoutExpired(command, COMMAND_S)
+                    limits = f"{waited:.0f} s so far, at most {COMMAND_S:g} s"
+                    what = f"flwr {words[0]} at {self.address}"
+                    print(f"waiting: {what} ({limits})", file=sys.stderr, flush=True)
+            except BaseException:
+                process.kill()
+                raise
 
     def _command(self, *words: str | Path) -> list[str]:
         return [flower_program("flwr"), *(os.fspath(word) for word in words)]

@@ -29,6 +29,7 @@ from fedtune.signals import STOPPING, stoppable
 
 __all__ = ["Part", "Supervisor", "free_port"]
 
+SAY_S = 30.0
 TAIL_LINES, TAIL_BYTES = 5, 65536
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -184,15 +185,20 @@ class Supervisor:
         return part
 
     def wait_ready(self, part: Part, ready: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
-        """Wait until `ready()`.
+        """Wait until `ready()`; says so every `SAY_S` seconds.
 
         Raises:
             DeployError: a part has ended, or the time is over.
         """
-        deadline = time.monotonic() + timeout_s
+        began = told = time.monotonic()
         while not ready():
             self.check()
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - told >= SAY_S:
+                waited = f"{now - began:.0f} s so far, at most {timeout_s:g} s"
+                print(f"waiting: {part.name} is starting ({waited})", flush=True)
+                told = now
+            if now - began > timeout_s:
                 raise DeployError(
                     f"{part.name}: not ready after {timeout_s:g} s. {part.last_words()}"
                 )

@@ -22,7 +22,7 @@ from fedtune.signals import Stopped
 
 __all__ = ["SuperLink", "add_arguments", "run", "start_superlink"]
 
-START_S = 120.0  # Flower's imports on a busy machine
+START_S = 600.0  # Flower's imports on a busy machine
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 

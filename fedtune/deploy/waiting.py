@@ -11,6 +11,7 @@ from fedtune.errors import RoundError
 __all__ = ["SAY_S", "START_S", "NotStarted", "Waiting"]
 
 SAY_S = 30.0  # without news
+SITES = "waiting for sites"  # what a run's server says of itself before its first round
 START_S = 600.0  # a cold disk, a busy host: imports alone may take minutes
 
 
@@ -61,22 +62,23 @@ class Waiting:
                 "--start_timeout_s."
             )
         if now - self._told >= SAY_S:
-            left = "" if state else f", at most {self._limit:g} s"
-            self._say(f"waiting: {stage}{_who(state)} ({waited:.0f} s so far{left})")
+            most = "" if state else f", at most {self._limit:g} s"
+            self._say(f"waiting: {_what(state) or stage} ({waited:.0f} s so far{most})")
             self._told = now
 
 
 def _stage(state: Mapping[str, Any], round_: int, num_rounds: int) -> str:
     if not state:
         return "the run's server is starting"
-    if state.get("state") == "waiting for sites":
-        return f"{state.get('min_clients', '?')} sites have to be ready"
-    return f"round {round_} of {num_rounds}"
+    return SITES if state.get("state") == SITES else f"round {round_} of {num_rounds}"
 
 
-def _who(state: Mapping[str, Any]) -> str:
-    sites = state.get("clients") or []
-    if not sites:
-        return ", none has joined" if state.get("state") == "waiting for sites" else ""
-    ready = sum(site["state"] == "ready" for site in sites)
-    return f", {ready} of {len(sites)} that are there {'is' if ready == 1 else 'are'} ready"
+def _what(state: Mapping[str, Any]) -> str:
+    """Which sites, where it is for sites."""
+    if state.get("state") != SITES:
+        return ""
+    stages = [site["state"] for site in state["clients"]]
+    ready, refused = stages.count("ready"), stages.count("refused")
+    starting, counts = len(stages) - ready - refused, [f"{ready} ready"]
+    counts += [f"{starting} starting"] * (starting > 0) + [f"{refused} refused"] * (refused > 0)
+    return f"sites: {', '.join(counts)}, {state['min_clients']} needed"

@@ -21,7 +21,7 @@ from fedtune.server.submission import Submission
 
 __all__ = ["run_flower"]
 
-END_S = 60.0  # for the scripts to end after the last round
+END_S = 600.0  # for the scripts to end after the last round: they may save, or evaluate
 
 
 def run_flower(

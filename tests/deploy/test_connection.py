@@ -5,6 +5,7 @@ import os
 import socket
 import ssl
 import stat
+import sys
 import threading
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.deploy import connection, register
 from fedtune.deploy import probe as probes
-from fedtune.deploy import register
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.probe import probe
@@ -208,3 +209,18 @@ def test_a_damaged_register_is_an_empty_one():
     remember_run("1", Path("x"))
     (Path(os.environ["FLWR_HOME"]) / "runs.json").write_text("{half")
     assert known_runs() == {}
+
+
+def test_a_slow_command_says_what_is_waited_for_and_has_its_limit(monkeypatch, capsys):
+    slow = 'import time; time.sleep(0.5); print(\'{"success": true, "runs": []}\')'
+    monkeypatch.setattr(connection, "SAY_S", 0.2)
+    monkeypatch.setattr(Connection, "probe", lambda self: None)
+    monkeypatch.setattr(Connection, "_command", lambda self, *_: [sys.executable, "-c", slow])
+    with Connection(Address("127.0.0.1", 1)) as link:
+        assert link.flwr("list")["runs"] == []
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) >= 2
+        assert said[0] == "waiting: flwr list at 127.0.0.1:1 (0 s so far, at most 120 s)"
+        monkeypatch.setattr(connection, "COMMAND_S", 0.3)
+        with pytest.raises(DeployError, match=r"flwr list: no answer from .* in 0\.3 s"):
+            link.flwr("list")

@@ -39,9 +39,7 @@ def test_a_line_at_least_every_30_s_whatever_is_waited_for() -> None:
     assert len(said) == 300 // SAY_S
     lines = [line for _, line in said]
     assert lines[0] == "waiting: the run's server is starting (30 s so far, at most 600 s)"
-    assert lines[3] == (
-        "waiting: 2 sites have to be ready, 1 of 2 that are there is ready (19 s so far)"
-    )
+    assert lines[3] == "waiting: sites: 1 ready, 1 starting, 2 needed (19 s so far)"
     assert lines[-1] == "waiting: round 3 of 10 (99 s so far)"
 
 

@@ -1,19 +1,25 @@
 """The parts of the private shell that need no SuperLink."""
 
 import io
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
+from flwr.proto.runtime_pb2 import AcquireTaskResponse
 
 from fedtune.deploy.bundle import APP, app_hash
 from fedtune.engines._compat import build_app, hash_app, is_tested
+from fedtune.engines._compat.executor import Executor
 from fedtune.engines._compat.journal import Journal
 from fedtune.engines._compat.run_watch import RunWatch
 from fedtune.engines._compat.supernode import Clock, Patience
@@ -158,3 +164,37 @@ def test_the_clock_rings_hears_and_sees_the_executor_end():
     with pytest.raises(SystemExit):
         clock.sleep(3)
     assert clock.executor_gone
+
+
+class Tasks:
+    """A SuperNode that gives the same task twice, since nobody has reported for it."""
+
+    def __init__(self):
+        self.tokens = iter("ab")
+
+    def AcquireTask(self, request):
+        found = AcquireTaskResponse(token=next(self.tokens))
+        found.task.task_id = 5
+        return found
+
+
+def test_a_task_that_starts_slowly_has_one_process(tmp_path):
+    here, there = socket.socketpair()
+    executor = Executor(
+        "127.0.0.1:1", b"", here, tmp_path, lambda code: None, list, lambda pid: time.sleep(600)
+    )
+    tasks = Tasks()
+    executor._acquire(tasks)
+    (first,) = executor._forks
+    assert psutil.Process(first.pid).is_running()
+    executor._acquire(tasks)
+    (second,) = executor._forks
+    try:
+        assert not psutil.pid_exists(first.pid)
+        assert psutil.Process(second.pid).is_running()
+        assert second.token == "b"
+        assert [path.name for path in tmp_path.iterdir()] == ["task-1"]
+    finally:
+        os.kill(second.pid, signal.SIGKILL)
+        os.waitpid(second.pid, 0)
+        there.close()

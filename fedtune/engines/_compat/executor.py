@@ -41,6 +41,7 @@ class _Fork:
     token: str
     journal: Journal
     attempt: int
+    task: int
     pid: int = 0
     end: int = -1  # readable when the process is gone
 
@@ -93,8 +94,19 @@ class Executor:
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         found = client.AcquireTask(request)
         if found.HasField("task") and found.token:
+            task = int(found.task.task_id)
+            for fork in [fork for fork in self._forks if fork.task == task]:
+                self._drop(fork)  # it starts so slowly that the SuperNode has given it up
             journal = Journal(self.folder / f"task-{next(self._numbers)}")
-            self._start(_Fork(found.token, journal, attempt=1))
+            self._start(_Fork(found.token, journal, attempt=1, task=task))
+
+    def _drop(self, fork: _Fork) -> None:
+        """End a fork that may no longer talk, so that none runs beside its successor."""
+        os.kill(fork.pid, signal.SIGKILL)
+        os.close(fork.end)
+        os.waitpid(fork.pid, 0)
+        self._forks.remove(fork)
+        fork.journal.delete()
 
     def _start(self, fork: _Fork) -> None:
         end, held = os.pipe()
@@ -147,7 +159,7 @@ class Executor:
             )
             sys.exit(STUCK)
         log.warning("ClientApp process %d: %s; another one takes over", fork.pid, how)
-        self._start(_Fork(fork.token, journal, fork.attempt + 1))
+        self._start(_Fork(fork.token, journal, fork.attempt + 1, fork.task))
 
     def _answered(self, fork: _Fork) -> bool:
         """Whether the SuperNode has given the task up and told the server so."""

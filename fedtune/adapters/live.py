@@ -86,10 +86,13 @@ def describe(model: nn.Module, adapter_name: str = "default") -> Manifest:
 def base_hash(base: nn.Module) -> str:
     """Hash of a base model's class and config, equal at every site that loads the same directory.
 
-    Weights are not read. Quantization counts by its kind, not by its compute dtype.
+    Weights are not read: `fingerprint.py` compares them, in 4 and 8 bits of bitsandbytes too. Other
+    quantization counts by its kind, not by its compute dtype.
     """
     config = _base_config(base)
     quantization = config.pop("quantization_config", None) or {}
+    if quantization.get("quant_method") == "bitsandbytes":
+        quantization = {}
     return digest(
         [type(base).__name__, _stable(config), {k: quantization.get(k) for k in QUANTIZATION}]
     )

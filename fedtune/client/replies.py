@@ -9,6 +9,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from fedtune.adapters import Manifest
+from fedtune.adapters.fingerprint import Fingerprint
 from fedtune.client.score import Score
 from fedtune.errors import ManifestError
 from fedtune.transport.messages import ARRAYS, BASE, CONTROL, RoundTask, arrays_of, pack
@@ -70,7 +71,9 @@ class Sent:
 
 
 def manifest_of(content: RecordDict) -> Manifest:
-    """The manifest of a `setup` request. Raises ManifestError."""
+    """The manifest of a `setup` request. Raises ManifestError, also where the server refuses."""
+    if refusal := config_of(content).get("refused"):
+        raise ManifestError(str(refusal))
     return Manifest.from_json(str(config_of(content).get("manifest", "")))
 
 
@@ -79,10 +82,26 @@ def round_of(content: RecordDict) -> int:
     return int(str(config_of(content)["round"]))
 
 
-def planned(client: str, *, evaluates: bool, manifest: Manifest | None, rows: int) -> RecordDict:
-    """Who takes part: `rows` train rows (0 when unknown), and whether there are held-out ones."""
-    text = "" if manifest is None else manifest.to_json()
-    return pack(config={"client": client, "evaluates": evaluates, "manifest": text, "rows": rows})
+def planned(
+    client: str,
+    *,
+    evaluates: bool,
+    manifest: Manifest | None,
+    rows: int,
+    base: Fingerprint | None = None,
+) -> RecordDict:
+    """Who takes part, with which adapter on which base.
+
+    Args:
+        evaluates: whether there are held-out rows.
+        rows: train rows; 0 when unknown.
+        base: None where all clients share one.
+    """
+    texts = {
+        "manifest": "" if manifest is None else manifest.to_json(),
+        "base": "" if base is None else base.to_json(),
+    }
+    return pack(config={"client": client, "evaluates": evaluates, "rows": rows, **texts})
 
 
 def initial(

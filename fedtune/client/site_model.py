@@ -10,6 +10,8 @@ A run that was stopped goes on in another folder, with the same output_dir. Only
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from fedtune.adapters import (
 )
 from fedtune.adapters import load as load_params
 from fedtune.adapters.base_terms import base_terms
+from fedtune.adapters.base_weights import read_base
+from fedtune.adapters.fingerprint import Fingerprint
 from fedtune.adapters.sharded import is_sharded
 from fedtune.client import replies
 from fedtune.client.client_round import completed, remembers
@@ -45,6 +49,8 @@ from fedtune.transport.records import config_of
 
 __all__ = ["SiteModel"]
 
+log = logging.getLogger(__name__)
+
 STATIC = "static.safetensors"
 WHOLE = "fedtune_adapter"
 
@@ -59,6 +65,7 @@ class SiteModel:
         self._trainer, self._plan, self._ranks = trainer, plan, ranks
         self._static_file = folder / STATIC
         self.manifest: Manifest = ranks.together(lambda: describe(self.model))
+        self._base = _base_of(self.model) if ranks.first else None
         static = self._saved(self._static_file)
         if static:  # a script that is started again is not set up again
             self.manifest = self.manifest.frozen(static)
@@ -82,6 +89,7 @@ class SiteModel:
             evaluates=self._trainer.eval_dataset is not None,
             manifest=self.manifest,
             rows=len(rows) if hasattr(rows, "__len__") else 0,
+            base=self._base,
         )
 
     def initial(self) -> RecordDict:
@@ -183,3 +191,12 @@ class SiteModel:
         """Tensors kept in a file, which only rank 0 may have; empty for none."""
         data = self._ranks.share(file.read_bytes() if self._ranks.first and file.is_file() else b"")
         return load(data) if data else {}
+
+
+def _base_of(model: nn.Module) -> Fingerprint:
+    """Read once, before a Trainer spreads the model over processes."""
+    started = time.perf_counter()
+    base = read_base(model)
+    seconds = time.perf_counter() - started
+    log.info("%d frozen tensors read in %.1f s", len(base.tensors), seconds)
+    return base

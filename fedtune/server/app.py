@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.adapters import Manifest, check, load_init_adapter
 from fedtune.config import FederationArguments, TransportArguments
 from fedtune.errors import FedtuneError, RoundError, RunStopped, private
+from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import AttemptHook, Plan, RoundHook, run_rounds
@@ -54,6 +55,7 @@ class ServerRun:
         deployed: whether clients are sites that come and go, and must be told of the end.
         on_clients: called with who takes part, and who does not and why, whenever that changes.
         codec: how tensors travel.
+        bases: the base weights that clients must have.
         result: the last state, once the run is over.
     """
 
@@ -70,6 +72,7 @@ class ServerRun:
     on_attempt: AttemptHook = lambda failure: None
     on_clients: ClientsHook = lambda clients: None
     codec: CodecSettings = CodecSettings()
+    bases: Bases = field(default_factory=Bases)
     result: ServerState | None = field(default=None, init=False)
     error: FedtuneError | None = field(default=None, init=False)
 
@@ -126,6 +129,7 @@ def serve(connected: Grid, run: ServerRun) -> ServerState:
         join_timeout_s=run.join_timeout_s,
         patient=run.deployed,
         mixed_ranks=run.method.properties.mixed_ranks,
+        bases=run.bases,
         on_change=run.on_clients,
     )
     if not run.deployed:

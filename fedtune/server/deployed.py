@@ -20,6 +20,7 @@ from fedtune.lock import hold
 from fedtune.output import forget_ending
 from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, serve
+from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.rounds import Plan, RoundHook
 from fedtune.server.store import RunStore
@@ -29,6 +30,7 @@ from fedtune.transport.packed_grid import PackedGrid
 
 __all__ = ["app"]
 
+BASES = Path("checkpoints", "bases.json")
 HANDOVER_S = 60.0  # until the process that submitted the run lets go of its directory
 
 app = ServerApp()
@@ -112,6 +114,7 @@ def _run(grid: Grid, submission: Submission, journal: Journal) -> ServerState:
         run.join_timeout_s = submission.join_timeout_s
         run.on_clients = lambda clients: journal.write(clients=clients)
         run.deployed = True
+        run.bases = Bases(directory / BASES, resume=submission.resume)
         (directory / STOP).unlink(missing_ok=True)  # one that came too late for an earlier run
         return serve(grid, run)
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message, RecordDict
 
 from fedtune.adapters import Manifest
+from fedtune.adapters.fingerprint import Fingerprint
 from fedtune.errors import RoundError, private
 from fedtune.relay.frames import STARTING
+from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
+from fedtune.server.nodes import Node, Stage, objection, row
 from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
 from fedtune.strategies.updates import one_line, reason_of
@@ -38,23 +41,6 @@ FINISH_TIMEOUT_S = 20.0
 
 ClientsHook = Callable[[list[dict[str, Any]]], None]
 
-# new -> asked -> planned -> setting up -> ready; refused at either answer, and asked again later.
-Stage = Literal["new", "asked", "planned", "setting up", "ready", "refused"]
-
-
-@dataclass
-class _Node:
-    """How far a node has come."""
-
-    stage: Stage = "new"
-    name: str = ""  # once it has told it
-    pending: str = ""
-    member: Member | None = None
-    manifest: Manifest | None = None
-    problem: str = ""
-    retry_at: float = 0.0
-    seen: float = 0.0
-
 
 class Membership:
     """The nodes of a run.
@@ -66,6 +52,7 @@ class Membership:
         patient: whether a node that refuses is asked again (a deployment), or ends the run (a
             simulation, whose clients cannot change).
         mixed_ranks: whether the nodes' LoRA ranks may differ.
+        bases: the base weights that nodes must have.
         on_change: called with a row for every node when one of them has come further.
     """
 
@@ -78,13 +65,15 @@ class Membership:
         join_timeout_s: float,
         patient: bool,
         mixed_ranks: bool = False,
+        bases: Bases | None = None,
         on_change: ClientsHook = lambda clients: None,
     ) -> None:
         self._grid, self._plan, self._mixed_ranks = grid, plan, mixed_ranks
         self._min_clients, self._join_timeout_s = min_clients, join_timeout_s
         self._patient, self._on_change = patient, on_change
+        self._bases = bases or Bases()
         self._shown: list[dict[str, Any]] = []
-        self._nodes: dict[int, _Node] = {}
+        self._nodes: dict[int, Node] = {}
         self._met: dict[int, Member] = {}  # knew the plan once, so that a trainer waits there
         self._told: set[int] = set()  # of the plan, so that a trainer may start there
         self._state: ServerState | None = None
@@ -101,9 +90,11 @@ class Membership:
     def gather(self) -> Member:
         """Wait until enough nodes know the plan; returns the one that the run starts from.
 
-        It is the first by name of those that hold the highest rank.
+        It is the first by name of those that hold the highest rank, on the base of most.
         """
         found = self._wait("planned")
+        self._bases.choose({member.name: self._nodes[member.node].base for member in found})
+        found = [m for m in found if not self._bases.objection(self._nodes[m.node].base)]
 
         def rank(member: Member) -> int:
             manifest = self._nodes[member.node].manifest
@@ -211,7 +202,7 @@ class Membership:
             if gone.member:
                 log.warning("%s has left", gone.member.name)
         for number in sorted(connected):
-            self._ask(number, self._nodes.setdefault(number, _Node()))
+            self._ask(number, self._nodes.setdefault(number, Node()))
         pending = {node.pending: number for number, node in self._nodes.items() if node.pending}
         replies = list(self._grid.pull(pending)) if pending else []
         for reply in replies:
@@ -221,13 +212,13 @@ class Membership:
                 self._take(number, node, reply)
             except Exception as error:  # an answer from outside may be wrong in any way
                 self._refuse(number, node, f"unusable answer: {_words(error)}")
-        rows = [_row(number, node) for number, node in sorted(self._nodes.items())]
+        rows = [row(number, node) for number, node in sorted(self._nodes.items())]
         if rows != self._shown:
             self._shown = rows
             self._on_change(rows)
         return bool(replies)
 
-    def _ask(self, number: int, node: _Node) -> None:
+    def _ask(self, number: int, node: Node) -> None:
         due = node.stage == "refused" and time.monotonic() > node.retry_at
         if node.stage == "new" or due:
             node.stage = "asked"
@@ -236,24 +227,21 @@ class Membership:
         elif node.stage == "planned" and self._state is not None:
             # A site with another adapter is asked too: it then says so in its own log, and ends.
             node.stage = "setting up"
-            manifest = self._expected(node, self._state.manifest)
-            config = {"run": self._plan.run, "manifest": manifest.to_json()}
-            content = pack(arrays=self._state.static, config=config)
-            self._push(number, node, Message(content, number, SETUP))
+            self._push(number, node, Message(self._setup(node, self._state), number, SETUP))
         elif node.stage == "ready" and not node.pending and self._is_lonely(node):
             self._push(number, node, Message(pack(config=self._plan.record()), number, PLAN))
 
-    def _is_lonely(self, node: _Node) -> bool:
+    def _is_lonely(self, node: Node) -> bool:
         """A site that is not sampled for long would give the run up for lost."""
         return self._patient and time.monotonic() - node.seen > self._plan.idle_timeout_s / 4
 
-    def _push(self, number: int, node: _Node, message: Message) -> None:
+    def _push(self, number: int, node: Node, message: Message) -> None:
         sent = self._grid.push([message])
         node.pending = "".join(sent)
         if not sent:
             self._refuse(number, node, "it has left")
 
-    def _take(self, number: int, node: _Node, reply: Message) -> None:
+    def _take(self, number: int, node: Node, reply: Message) -> None:
         node.pending, node.seen = "", time.monotonic()
         if reply.has_error():
             self._refuse(number, node, self._ranks(node) or reason_of(reply))
@@ -269,6 +257,8 @@ class Membership:
             node.member = Member(number, name, bool(config["evaluates"]))
             text = str(config["manifest"])
             node.manifest = Manifest.from_json(text) if text else None
+            text = str(config.get("base", ""))
+            node.base = Fingerprint.from_json(text) if text else None
             check_ranks(node.manifest)
             node.stage, node.problem = "planned", ""
             known = self._met.get(number)
@@ -276,43 +266,42 @@ class Membership:
                 self._met[number] = node.member
         elif self._state is not None:
             expected = self._expected(node, self._state.manifest)
-            problem = self._ranks(node) or _objection(expected, node.manifest)
+            problem = self._ranks(node) or objection(expected, node.manifest)
+            problem = problem or self._bases.objection(node.base)
             if problem:
                 self._refuse(number, node, problem)
                 return
             node.stage = "ready"
+            self._bases.accept(node.member.name if node.member else f"node {number}", node.base)
             if node.member and self._mixed_ranks:
                 node.member = self._met[number] = replace(node.member, manifest=expected)
 
-    def _expected(self, node: _Node, run: Manifest) -> Manifest:
+    def _setup(self, node: Node, state: ServerState) -> RecordDict:
+        manifest = self._expected(node, state.manifest)
+        if not objection(manifest, node.manifest) and (why := self._bases.objection(node.base)):
+            return pack(config={"run": self._plan.run, "refused": why})
+        config = {"run": self._plan.run, "manifest": manifest.to_json()}
+        return pack(arrays=state.static, config=config)
+
+    def _expected(self, node: Node, run: Manifest) -> Manifest:
         """The run's adapter as this node should have built it: at its own ranks, where it may."""
         return like(run, node.manifest) if self._mixed_ranks and node.manifest else run
 
-    def _ranks(self, node: _Node) -> str:
+    def _ranks(self, node: Node) -> str:
         """What is wrong with a node's ranks alone; it cannot know what methods could take them."""
         if self._mixed_ranks or self._state is None or node.manifest is None:
             return ""
         return rank_objection(self._state.manifest, node.manifest)
 
-    def _others(self, number: int) -> list[_Node]:
+    def _others(self, number: int) -> list[Node]:
         return [node for key, node in self._nodes.items() if key != number]
 
-    def _refuse(self, number: int, node: _Node, problem: str) -> None:
+    def _refuse(self, number: int, node: Node, problem: str) -> None:
         node.stage, node.problem = "refused", problem
         node.retry_at = time.monotonic() + RETRY_S
         name = node.member.name if node.member else node.name or f"node {number}"
         log.warning("%s cannot take part: %s", name, problem)
 
 
-def _objection(expected: Manifest, built: Manifest | None) -> str:
-    """Why a node's adapter is another one; a node without a model takes what it gets."""
-    return expected.objection_to(built.frozen(expected.static)) if built else ""
-
-
 def _words(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-
-
-def _row(number: int, node: _Node) -> dict[str, Any]:
-    name = node.member.name if node.member else node.name or f"node {number}"
-    return {"client": name, "state": node.stage, "problem": node.problem or None}

@@ -16,6 +16,7 @@ ONE_RUN = "--num_rounds 1 --steps_per_round 1 --max_rows 120 --num_clients 2"
 # Flags of the smallest run of each, with the least that its table has to name.
 SMALLEST = {
     "aggregate": (["--layers", "1", "--peers"], ["flora", "flower"]),
+    "base_weights": (["--gb", "0.01"], ["bf16", "nf4", "int8"]),
     "codec_loss": (["--extra", ONE_RUN], ["nf4"]),
     "codecs": (["--mb", "1", "--peers"], ["int8", "nf4", "bitsandbytes"]),
     "lossless": (["--mb", "1", "--rounds", "1", "--rates", "1e-4"], ["0.0001"]),

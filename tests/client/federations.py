@@ -90,6 +90,14 @@ def federate_sites(
     run: ServerRun, directory: Path, script: Script
 ) -> tuple[ServerState, list[Site]]:
     """Run the rounds over `run.min_clients` sites; the last state, and the sites at their end."""
+    sites = play_sites(run, directory, script)
+    for site in sites:
+        site.end()
+    return result_of(run), sites
+
+
+def play_sites(run: ServerRun, directory: Path, script: Script) -> list[Site]:
+    """The same, however it ends: `run.error` and `problem` of the sites say it."""
     run.deployed = True
     with TemporaryDirectory(prefix="ft-") as short:
         sites = []
@@ -106,5 +114,6 @@ def federate_sites(
             grid = InlineGrid(client, len(sites))  # type: ignore[arg-type]
             server_app(run)(grid, grid._contexts[2])
         for site in sites:
-            site.end()
-    return result_of(run), sites
+            if site.thread is not None:
+                site.thread.join(60.0)
+    return sites

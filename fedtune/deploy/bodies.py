@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.deploy.admission import Scope, header
 
-__all__ = ["Body", "Receive", "Send", "answer", "limit_of"]
+__all__ = ["Body", "Receive", "Send", "answer", "limit_of", "refuse"]
 
 STRANGER = 64 << 10  # bytes; to register or to ask for work takes a few hundred
 KNOWN = 32 << 20  # parts of a message have 5 MiB
@@ -70,14 +70,22 @@ class Body:
 
     async def _refuse(self, status: int, detail: str) -> MutableMapping[str, Any]:
         self.refused = True
-        await answer(self._send, status, detail)
+        await refuse(self._send, status, detail)
         return {"type": "http.disconnect"}
 
 
-async def answer(send: Send, status: int, detail: str = "") -> None:
+async def refuse(send: Send, status: int, reason: str) -> None:
     """Answer with one line, as Flower's own errors are, and close."""
-    body = json.dumps({"detail": f"fedtune: {detail}."}).encode() if detail else b""
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    headers.append((b"content-length", str(len(body)).encode()))
+    await answer(send, status, {"detail": f"fedtune: {reason}."})
+
+
+async def answer(send: Send, status: int, content: dict[str, Any]) -> None:
+    """Answer with `content` as JSON, and close."""
+    body = json.dumps(content).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -20,7 +21,7 @@ class Clocks:
     """What sites have said of their clocks when they asked whether the server is there."""
 
     def __init__(self) -> None:
-        self._next: dict[str, float] = {}  # when a site may be spoken of again
+        self._noted: dict[str, tuple[float, str]] = {}  # when printed, and the line
 
     def note(self, scope: Scope) -> None:
         """Print a line, into the SuperLink's log, where a site's clock differs."""
@@ -31,16 +32,23 @@ class Clocks:
             return
         offset = Offset(ahead, ahead)
         if not offset.is_notable or not SITE_NAME.fullmatch(site):
+            self._noted.pop(site, None)
             return
         now = time.monotonic()
-        if now < self._next.get(site, now):
-            return
-        if len(self._next) >= MOST_SITES:
-            self._next.clear()
-        self._next[site] = now + AGAIN_S
+        printed, _ = self._noted.get(site, (-math.inf, ""))
         outcome = "not let in until it is set" if offset.is_refused else "let in"
         where = scope["client"][0] if scope.get("client") else "unknown"
-        print(f"site {site} at {where}: its clock is {offset}; {outcome}", file=sys.stderr)
+        line = f"site {site} at {where}: its clock is {offset}; {outcome}"
+        if now - printed >= AGAIN_S:
+            printed = now
+            print(line, file=sys.stderr, flush=True)
+        if len(self._noted) >= MOST_SITES:
+            self._noted.clear()
+        self._noted[site] = printed, line
+
+    def lately(self) -> list[str]:
+        """The lines of the sites whose clocks differed when they last asked."""
+        return [line for _, line in self._noted.values()]
 
     @staticmethod
     def telling(send: Send) -> Send:

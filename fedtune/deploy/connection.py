@@ -77,9 +77,12 @@ class Connection:
         """
         return flower_environment(self.home) | environment(None)
 
-    def probe(self) -> None:
-        """As the function `probe`; whether this user may start and end runs there, too."""
-        probe(self.address, self.ca, path=GATE)
+    def probe(self) -> list[str]:
+        """As the function `probe`; whether this user may start and end runs there, too.
+
+        Returns a line for each site whose clock has differed lately.
+        """
+        return list(json.loads(probe(self.address, self.ca, path=GATE).body)["clocks"])
 
     def flwr(self, *words: str | Path) -> dict[str, Any]:
         """Run `flwr WORDS --format json`; returns what it prints.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.deploy.admission import Rules, Scope, is_for_sites
-from fedtune.deploy.bodies import Body, Receive, Send, answer, limit_of
+from fedtune.deploy.bodies import Body, Receive, Send, answer, limit_of, refuse
 from fedtune.deploy.clocks import Clocks
 from fedtune.deploy.probe import HEALTH
 
@@ -52,16 +52,16 @@ class Gate:
         elif is_for_sites(scope["path"]):
             await self._bounded(scope, receive, send)
         elif (refusal := self._rules.refusal(scope)) is not None:
-            await answer(send, 403, refusal)
+            await refuse(send, 403, refusal)
         elif scope["path"] == GATE:
-            await answer(send, 200)
+            await answer(send, 200, {"clocks": self._clocks.lately()})
         else:
             await self.app(scope, receive, send)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit, exceeds = limit_of(scope, self._knows)
         if exceeds:
-            await answer(send, 413, f"expected at most {limit} bytes")
+            await refuse(send, 413, f"expected at most {limit} bytes")
             return
         body = Body(receive, send, limit)
         try:

@@ -40,7 +40,7 @@ class Lookout:
                 self._ca,
                 proxy=self._proxy,
                 headers={SITE: self._name, CLOCK: f"{time.time():.3f}"},
-            )
+            ).offset
         except NotYet as problem:
             reason = problem.reason
             self._tell(reason, f"waiting for a SuperLink at {self._superlink} ({reason})")

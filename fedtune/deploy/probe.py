@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
@@ -18,14 +19,21 @@ from fedtune.deploy.proxy import Proxy
 from fedtune.errors import DeployError
 from fedtune.proxies import shown
 
-__all__ = ["HEALTH", "NotYet", "probe"]
+__all__ = ["HEALTH", "Answer", "NotYet", "probe"]
 
 HEALTH = "/health"
 PROBE_S = 5.0
-MOST_SAID = 4096  # bytes of an answer
+MOST_SAID = 64 << 10  # bytes of an answer
 HOSTNAME_MISMATCH, IP_MISMATCH, EXPIRED, TOO_EARLY = 62, 64, 10, 9  # OpenSSL's X509_V_ERR_*
 AWAY = (502, 503, 504)  # what a proxy says of a server that is not there
 MUST_SIGN_IN = 407
+
+
+class Answer(NamedTuple):
+    """What a SuperLink says, and how far this host's clock is from its own, if it tells that."""
+
+    offset: Offset | None
+    body: bytes
 
 
 class NotYet(DeployError):
@@ -44,8 +52,8 @@ def probe(
     timeout_s: float = PROBE_S,
     proxy: Proxy | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Offset | None:
-    """Ask for `path` once, with TLS when `ca` is given; returns how the clocks differ, if told.
+) -> Answer:
+    """Ask for `path` once, with TLS when `ca` is given.
 
     Raises:
         NotYet: nobody is there, or the server's certificate is not valid yet.
@@ -69,7 +77,7 @@ def probe(
             f"{what}: {proxy} cannot be used. Set it to http://HOST:PORT, or to nothing."
         ) from None
     _check(what, address, proxy, response.status_code, response.reason_phrase, said)
-    return offset_of(asked, answered, response.headers)
+    return Answer(offset_of(asked, answered, response.headers), said)
 
 
 def _client(ca: Path | None, proxy: Proxy | None, timeout_s: float) -> httpx.Client:

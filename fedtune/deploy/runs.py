@@ -102,6 +102,7 @@ def look(link: Connection, run: str | None = None) -> View:
         shown=shown,
         federation=_federation(directory),
         rounds=_rounds(directory),
+        clocks=link.probe(),
     )
 
 

@@ -44,6 +44,7 @@ class View:
         shown: the run that is told in full.
         federation: its federation.json, or empty.
         rounds: the lines of its rounds.jsonl.
+        clocks: a line for each site whose clock differs.
     """
 
     superlink: str
@@ -52,12 +53,13 @@ class View:
     shown: RunState | None = None
     federation: Mapping[str, Any] = field(default_factory=dict)
     rounds: Sequence[Mapping[str, Any]] = ()
+    clocks: Sequence[str] = ()
 
 
 def render(view: View, *, width: int = 100) -> str:
     """The view, in lines of at most `width` characters."""
-    lines = [f"superlink {view.superlink}   {_nodes(view.nodes)}", ""]
-    lines += _runs(view)
+    lines = [f"superlink {view.superlink}   {_nodes(view.nodes)}"]
+    lines += [*view.clocks[:SHOWN_NAMES], "", *_runs(view)]
     if view.shown is not None:
         lines += ["", *_run(view, view.shown)]
     return "\n".join(_cut(line, width) for line in lines)

@@ -147,13 +147,16 @@ def test_the_server_notes_whose_clock_differs(capsys):
         "set",
         "site bank at 192.0.2.7: its clock is 60 s behind the server's; let in",
     ]
+    assert [line.split()[1] for line in made.lately()] == ["clinic", "bank"]
+    note(made, "clinic", 0)  # it was set
+    assert [line.split()[1] for line in made.lately()] == ["bank"]
 
 
 def test_many_names_take_no_room(capsys):
     made = Clocks()
     for number in range(clocks.MOST_SITES * 3):
         note(made, f"s{number}", 7200)
-    assert len(made._next) <= clocks.MOST_SITES
+    assert len(made.lately()) <= clocks.MOST_SITES
     capsys.readouterr()
 
 

@@ -65,7 +65,9 @@ def pass_through(scope, *, bound="127.0.0.1", names=(), owner=OWNER, pieces=(b""
     rules = Rules(bound, ("localhost", bound, *names), owner)
     asyncio.run(Gate(behind, rules, lambda scope: known)(scope, receive, send))
     status = sent[0].get("status", sent[0].get("code"))
-    detail = json.loads(sent[1]["body"])["detail"] if len(sent) > 1 and sent[1]["body"] else ""
+    detail = (
+        json.loads(sent[1]["body"]).get("detail", "") if len(sent) > 1 and sent[1]["body"] else ""
+    )
     return status, detail, read
 
 

@@ -9,12 +9,14 @@ import json
 import signal
 import socket
 import ssl
+import time
 
 import psutil
 import pytest
 
 from fedtune.deploy import runs, superlink
 from fedtune.deploy.address import Address
+from fedtune.deploy.clock import CLOCK, SITE
 from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.gate import GATE
 from fedtune.deploy.probe import probe
@@ -75,6 +77,16 @@ def test_status_before_the_first_run(link, certs, capsys):
     assert capsys.readouterr().out == (
         f"superlink {link.address}   sites: 2 registered\n\nno runs yet\n"
     )
+
+
+def test_status_names_a_site_whose_clock_is_off(link, certs, capsys):
+    ca = certs / "a" / "ca.crt"
+    for ahead, shown in ((7200, True), (0, False)):
+        probe(link.address, ca, headers={SITE: "clinic", CLOCK: f"{time.time() + ahead}"})
+        assert status("--superlink", link.address, "--tls", certs / "submit") == 0
+        line = "site clinic at 127.0.0.1: its clock is 2 h ahead of the server's; not let in until"
+        assert (line in capsys.readouterr().out) == shown
+    assert line in link.part.log.read_text()
 
 
 def test_a_watch_goes_on_until_ctrl_c(link, certs):

@@ -60,6 +60,12 @@ class Rules:
             )
         return self._foreign_page(scope, server[0]) or self._foreign_user(scope)
 
+    @staticmethod
+    def takes_long(scope: Scope) -> bool:
+        """Whether `refusal` would have to look up who calls."""
+        peer = _peer(scope)
+        return peer is None or not peer.is_known
+
     def _is_near(self, client: str, server: str) -> bool:
         """Whether the caller may be on this machine; where loopback is served, by that alone."""
         try:
@@ -82,18 +88,23 @@ class Rules:
         return name in self.names or parent in self.names
 
     def _foreign_user(self, scope: Scope) -> str | None:
-        peer = scope.get("state", {}).get(PEER) or Peer(scope["client"][:2], scope["server"][:2])
         try:
-            uid = peer.uid
+            uid = (_peer(scope) or Peer(scope["client"][:2], scope["server"][:2])).uid
         except LookupError as unknown:
             return f"cannot tell whose program asks ({unknown.args[0]}), so nobody may"
         if uid in (self.uid, ROOT):
             return None
-        owner = "root" if self.uid == ROOT else f"uid {self.uid} and root"
+        owner = "root" if self.uid == ROOT else f"uid {self.uid}"
+        others = "" if self.uid == ROOT else ", and root"
         return (
-            f"only for {owner}, who runs fedtune up; this is uid {uid}. Run submit, status, stop "
-            "and logs as that user"
+            f"only the user who runs fedtune up ({owner}){others} may ask for this, received uid "
+            f"{uid}. Run submit, status, stop and logs as that user"
         )
+
+
+def _peer(scope: Scope) -> Peer | None:
+    found: Peer | None = scope.get("state", {}).get(PEER)
+    return found
 
 
 def _name(host: str) -> str:

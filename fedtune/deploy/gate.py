@@ -11,6 +11,7 @@ user; what that takes is in `admission.py`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -51,12 +52,17 @@ class Gate:
             await self._bounded(scope, receive, self._clocks.telling(send))
         elif is_for_sites(scope["path"]):
             await self._bounded(scope, receive, send)
-        elif (refusal := self._rules.refusal(scope)) is not None:
+        elif (refusal := await self._refusal(scope)) is not None:
             await refuse(send, 403, refusal)
         elif scope["path"] == GATE:
             await answer(send, 200, {"clocks": self._clocks.lately()})
         else:
             await self.app(scope, receive, send)
+
+    async def _refusal(self, scope: Scope) -> str | None:
+        if self._rules.takes_long(scope):  # meanwhile others are served
+            return await asyncio.to_thread(self._rules.refusal, scope)
+        return self._rules.refusal(scope)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit, exceeds = limit_of(scope, self._knows)

@@ -15,6 +15,8 @@ __all__ = ["Endpoint", "Peer", "address_of"]
 PROC = Path("/proc/self/net")
 TABLES = {4: "tcp", 6: "tcp6"}  # by the version of the addresses in them
 CONNECTED = "01"
+OVERFLOW, UID_MAP = Path("/proc/sys/kernel/overflowuid"), Path("/proc/self/uid_map")
+ALL_USERS = ["0", "0", "4294967295"]  # the map where this process is in no namespace of users
 LOOKS = 3  # a table that changes while it is read may leave a socket out
 
 Endpoint = tuple[str, int]  # address and port
@@ -31,6 +33,11 @@ class Peer:
     def __init__(self, client: Endpoint, server: Endpoint) -> None:
         self._client, self._server = client, server
         self._uid: int | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its user has been looked up, which takes tens of milliseconds on some hosts."""
+        return self._uid is not None
 
     @property
     def uid(self) -> int:
@@ -61,8 +68,15 @@ def _uid(client: Endpoint, server: Endpoint) -> int:
             if row >= 0:
                 fields = sockets[row : sockets.find(b"\n", row)].split()
                 if int(fields[8]):  # its inode: a program has it
-                    return int(fields[6])
+                    return _told(int(fields[6]))
     raise LookupError("the connection is not one of this machine, or has been closed")
+
+
+def _told(uid: int) -> int:
+    """`uid`, unless it may stand for all users that a namespace does not know."""
+    if UID_MAP.read_text().split() != ALL_USERS and uid == int(OVERFLOW.read_text()):
+        raise LookupError(f"uid {uid} stands for many users here")
+    return uid
 
 
 def _tables() -> dict[int, bytes]:

@@ -27,8 +27,8 @@ except FedtuneError as error:
 class Program:
     """A program, as a rule a Python one; leaving the block ends it."""
 
-    def __init__(self, code="", *words, before=(), command=None, cwd=None):
-        python = [*before, sys.executable, "-c", code, *map(str, words)]
+    def __init__(self, code="", *words, command=None, cwd=None):
+        python = [sys.executable, "-c", code, *map(str, words)]
         self.process = subprocess.Popen(
             python if command is None else command,
             cwd=cwd,
@@ -64,10 +64,9 @@ class Program:
         return self.process.returncode, out, err
 
 
-def up(*words, before=()):
-    """`fedtune up`; `before` stands before its command."""
-    module = "fedtune.deploy.superlink"
-    return Program(COMMAND, module, "add_arguments", "run", *words, before=before)
+def up(*words):
+    """`fedtune up`."""
+    return Program(COMMAND, "fedtune.deploy.superlink", "add_arguments", "run", *words)
 
 
 def left(processes, within_s=5.0):

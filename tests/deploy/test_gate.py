@@ -19,6 +19,7 @@ CONTROL, FLEET = "/v1/control/start-run", "/v1/fleet/push-object"
 class Caller:
     def __init__(self, uid):
         self._uid = uid
+        self.is_known = uid is not None
 
     @property
     def uid(self):

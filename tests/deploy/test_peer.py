@@ -66,7 +66,9 @@ def test_a_connection_that_is_half_closed_is_nobodys(connection):
 def test_it_is_looked_up_once(connection, monkeypatch):
     _, accepted = connection
     known = Peer(*ends(accepted))
+    assert not known.is_known
     assert known.uid == os.geteuid()
+    assert known.is_known
     monkeypatch.setattr(peer, "_tables", lambda: pytest.fail("looked again"))
     assert known.uid == os.geteuid()
 
@@ -75,6 +77,23 @@ def test_where_there_are_no_tables_it_is_unknown(connection, monkeypatch, tmp_pa
     _, accepted = connection
     monkeypatch.setattr(peer, "PROC", tmp_path)
     with pytest.raises(LookupError, match="tcp6: No such file or directory"):
+        _ = Peer(*ends(accepted)).uid
+
+
+@pytest.mark.parametrize(("map_", "is_told"), [("0 0 4294967295", True), ("0 1000 1", False)])
+def test_a_number_that_stands_for_many_users_is_nobodys(
+    connection, monkeypatch, tmp_path, map_, is_told
+):
+    """In a namespace of users all who are not known in it look like one."""
+    _, accepted = connection
+    (tmp_path / "map").write_text(f"   {map_}\n")
+    (tmp_path / "overflow").write_text(f"{os.geteuid()}\n")
+    monkeypatch.setattr(peer, "UID_MAP", tmp_path / "map")
+    monkeypatch.setattr(peer, "OVERFLOW", tmp_path / "overflow")
+    if is_told:
+        assert Peer(*ends(accepted)).uid == os.geteuid()
+        return
+    with pytest.raises(LookupError, match="stands for many users"):
         _ = Peer(*ends(accepted)).uid
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import ssl
 import subprocess
 import sys
@@ -72,6 +73,16 @@ class Link:
         return json.loads(done.stdout)
 
 
+def readable(directory: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy that the other users may read: Flower asks whether they may."""
+    copy = Path(tempfile.mkdtemp())
+    request.addfinalizer(lambda: shutil.rmtree(copy))
+    shutil.copytree(directory, copy / "certs")
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return copy / "certs"
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -83,6 +94,7 @@ class Link:
 )
 def link(request, certs, tmp_path_factory):
     owner, tls = request.param
+    certs = readable(certs, request)
     port, out = free_port(), tmp_path_factory.mktemp("up") / "out"
     words = ["--port", port, "--output_dir", out, *(["--tls", certs / "server"] if tls else [])]
     run = [*as_user(owner), sys.executable, "-c", FEDTUNE, "up", *map(str, words)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from fedtune.adapters import Manifest
 from fedtune.adapters.fingerprint import Fingerprint
@@ -22,14 +22,14 @@ from fedtune.errors import RoundError, private
 from fedtune.relay.frames import STARTING
 from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
+from fedtune.server.goodbye import goodbyes
 from fedtune.server.nodes import Node, Stage, objection, row
 from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
 from fedtune.strategies.updates import one_line, reason_of
-from fedtune.strategies.views import Views
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import FINISH, PLAN, SETUP, Member, PlanTask, pack
-from fedtune.transport.records import config_of, to_arrays
+from fedtune.transport.records import config_of
 
 __all__ = ["ClientsHook", "Membership"]
 
@@ -134,37 +134,19 @@ class Membership:
         """
         try:
             there = self._told & set(self._grid.get_node_ids())
-            contents = self._goodbyes(sorted(there), reason, state, personal)
+            number = state.round if state else 0
+            words: dict[str, str | int] = {
+                "run": self._plan.run,
+                "round": number,
+                "reason": reason,
+            }
+            contents = goodbyes(sorted(there), self._met, words, state, personal)
             messages = [Message(content, node, FINISH) for node, content in contents.items()]
             for reply in self._grid.send_and_receive(messages, timeout=FINISH_TIMEOUT_S):
                 if reply.has_error():
                     log.warning("finish: %s", reason_of(reply))
         except Exception as error:  # whatever ended the run must not be hidden by its goodbye
             log.warning("finish: sites were not told (%s: %s)", type(error).__name__, error)
-
-    def _goodbyes(
-        self,
-        nodes: Iterable[int],
-        reason: str,
-        state: ServerState | None,
-        personal: Collection[str],
-    ) -> dict[int, RecordDict]:
-        number = state.round if state else 0
-        run = self._plan.run
-        goodbye: dict[str, str | int] = {"run": run, "round": number, "reason": reason}
-        if state is None:
-            return {node: pack(config=goodbye) for node in nodes}
-        strangers = {node: pack(config=goodbye) for node in nodes if node not in self._met}
-        views = Views(state.params, to_arrays(state.params), "end")
-        base = to_arrays(state.base.sent(state.params)) if state.base.terms else None
-        contents = {}
-        for node in self._met.keys() & set(nodes):
-            member = self._met[node]
-            trained = state.client_rounds.get(member.name, 0)
-            arrays = views.record(member.manifest, personal if trained else ())
-            config = {**goodbye, "resume_round": trained}
-            contents[node] = pack(arrays=arrays, base=base, config=config)
-        return contents | strangers
 
     def _at(self, stage: Stage) -> list[Member]:
         found = [node.member for node in self._nodes.values() if node.stage == stage]

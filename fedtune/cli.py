@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.last import say_last, words_of
+from fedtune.signals import Stopped, ends_once, interrupted_by, status_of
 
 if TYPE_CHECKING:
     from fedtune.report.records import Summary
@@ -39,15 +42,33 @@ TABLES = ("table", "markdown", "csv", "latex", "json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 (doctor found a fault) or 2 (a one-line error)."""
+    """Run one command.
+
+    The exit status is 0, 1 (doctor found a fault), 2 (a one-line error) or 128 + signal.
+    """
+    with ends_once():
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        except (KeyboardInterrupt, Stopped) as stop:
+            say_last(f"interrupted by {interrupted_by(stop)}", sys.stderr)
+            return status_of(stop)
+
+
+def _run(words: list[str]) -> int:
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
         args = _parser(words[0] if words else "").parse_args(words)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except FedtuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        say_last(f"error: {error}", sys.stderr)
+    except BrokenPipeError:  # `fedtune status | head`
+        say_last("", sys.stdout)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if interrupted_by(error):  # a terminal that is gone cannot be written to on the way out
+            raise
+        say_last(f"error: {words_of(error)}", sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):

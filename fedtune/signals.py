@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["STOPPING", "Stopped", "held", "interrupted_by", "stoppable"]
+__all__ = ["STOPPING", "Stopped", "ends_once", "held", "interrupted_by", "status_of", "stoppable"]
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -34,6 +34,39 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ends_once() -> Iterator[None]:
+    """The first of Ctrl-C, SIGTERM and SIGHUP leaves the block; more of them change nothing.
+
+    A command that ends is quick or has limits of its own, and a second signal in the middle of it
+    would leave files and processes behind, or change its status while Python itself ends: so they
+    stay ignored behind the block, too. Signals that were ignored before stay so.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, *STOPPING)
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for each in handlers:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Stopped(128 + number)
+
+    handlers = {each: signal.getsignal(each) for each in numbers}
+    handlers = {each: known for each, known in handlers.items() if known in usual}
+    for each in handlers:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, known in handlers.items():
+            if signal.getsignal(each) is end:
+                signal.signal(each, known)
 
 
 @contextmanager
@@ -69,6 +102,11 @@ def interrupted_by(error: BaseException | None) -> str | None:
             return signal.Signals(int(str(error.code)) - 128).name
         error = error.__cause__ or error.__context__
     return None
+
+
+def status_of(stop: KeyboardInterrupt | Stopped) -> int:
+    """What a shell expects of a program that this ended: 130, 143, 129."""
+    return int(str(stop.code)) if isinstance(stop, Stopped) else 128 + signal.SIGINT
 
 
 def _in_main_thread() -> bool:

@@ -17,6 +17,7 @@ LEVELS = (
         "decisive",
         "failures",
         "files",
+        "last",
         "lists",
         "lock",
         "nearest",

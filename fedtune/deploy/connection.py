@@ -22,6 +22,7 @@ from fedtune.deploy.processes import COLOURS
 from fedtune.deploy.proxy import LOCAL, environment
 from fedtune.deploy.roles import ca_certificate
 from fedtune.errors import ConfigError, DeployError
+from fedtune.signals import held
 
 __all__ = ["Connection", "flower_environment", "flower_program"]
 
@@ -67,7 +68,8 @@ class Connection:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._home.cleanup()
+        with held():
+            self._home.cleanup()
 
     @property
     def env(self) -> dict[str, str]:
@@ -131,12 +133,20 @@ class Connection:
     def _run(self, *words: str | Path) -> tuple[str, str]:
         """What it prints, out and error; says every `SAY_S` seconds that it is waited for.
 
+        In a process group of its own: Ctrl-C in a terminal is for this process to act upon.
+
         Raises:
             TimeoutExpired: after `COMMAND_S`.
         """
         command = self._command(*words)
         with subprocess.Popen(
-            command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            preexec_fn=die_with_parent,
         ) as process:
             began = time.monotonic()
             try:

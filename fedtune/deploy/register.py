@@ -8,11 +8,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedtune.errors import ConfigError
 from fedtune.files import read_json, write_json
 
-__all__ = ["known_runs", "remember_run"]
+__all__ = ["check_register", "known_runs", "remember_run"]
 
 KEPT_RUNS = 200
+
+
+def check_register() -> None:
+    """Whether a run can be remembered, which must be known before it begins; raises ConfigError."""
+    file = _runs_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(file.with_name(".runs.lock")):
+            write_json(file, _read_runs(file))
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be written ({error.strerror}), so that fedtune status and stop would "
+            "not know the run. Set FLWR_HOME to a directory that can be written, or mend HOME."
+        ) from None
 
 
 def remember_run(run: str, output_dir: Path) -> None:

@@ -29,9 +29,10 @@ from fedtune.deploy.proxy import environment, proxy_of
 from fedtune.deploy.script import Script
 from fedtune.deploy.site_node import POLL_S, SiteNode
 from fedtune.errors import ConfigError, DeployError
+from fedtune.last import say_last
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import SiteFolder
-from fedtune.signals import Stopped
+from fedtune.signals import Stopped, status_of
 
 __all__ = ["Settings", "add_arguments", "join", "node_command", "run"]
 
@@ -131,8 +132,8 @@ def join(settings: Settings) -> int:
                 "and --output_dir to a larger disk."
             ) from None
         except (KeyboardInterrupt, Stopped) as stop:
-            say("stopped")
-            return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
+            say_last(f"{settings.name}: stopped", sys.stdout)
+            return status_of(stop)
 
 
 def node_command(settings: Settings, site: SiteFolder) -> list[str | Path]:

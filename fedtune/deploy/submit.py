@@ -26,15 +26,17 @@ from fedtune.deploy.address import Address
 from fedtune.deploy.bundle import APP
 from fedtune.deploy.connection import Connection
 from fedtune.deploy.follow import follow
-from fedtune.deploy.register import remember_run
+from fedtune.deploy.register import check_register, remember_run
 from fedtune.deploy.runs import list_runs
 from fedtune.deploy.waiting import START_S, NotStarted
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_object
+from fedtune.last import say_last
 from fedtune.lists import split_names
 from fedtune.lock import hold, holder
 from fedtune.output import check_output_dir, prepare_output_dir
 from fedtune.server.submission import SUBMISSION, Submission
+from fedtune.signals import Stopped, held, status_of
 
 __all__ = ["add_arguments", "facts_of", "run", "run_problem", "start_run"]
 
@@ -114,15 +116,18 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
         )
         started = time.time()
-        with hold(directory):
-            prepare_output_dir(**output, facts=facts_of(submission))
-            run_id = start_run(link, submission)
-        print(
-            f"run {run_id} ({submission.run} at the sites): {federation.num_rounds} rounds into "
-            f"{args.output_dir}",
-            flush=True,
-        )
+        check_register()
+        run_id = ""
         try:
+            with hold(directory):
+                prepare_output_dir(**output, facts=facts_of(submission))
+                with held():  # whether it has begun is known before anything ends this
+                    run_id = start_run(link, submission)
+            print(
+                f"run {run_id} ({submission.run} at the sites): {federation.num_rounds} rounds "
+                f"into {args.output_dir}",
+                flush=True,
+            )
             follow(
                 directory,
                 federation.num_rounds,
@@ -135,17 +140,20 @@ def run(args: argparse.Namespace) -> int:
                 with contextlib.suppress(DeployError):  # why it is given up is the news
                     link.flwr("stop", run_id)
             _report(directory)
-            print(f"error: {error}", file=sys.stderr)
+            say_last(f"error: {error}", sys.stderr)
             return 1
-        except KeyboardInterrupt:
-            where = f"--superlink {address}"
-            print(
-                f"left; the run goes on. fedtune status {where}, fedtune stop {where}",
-                file=sys.stderr,
-            )
-            return 130
+        except (KeyboardInterrupt, Stopped) as stop:
+            say_last(_left(run_id, address), sys.stderr)
+            return status_of(stop)
     _report(directory)
     return 0
+
+
+def _left(run_id: str, address: Address) -> str:
+    if not run_id:
+        return "interrupted before the run began; nothing goes on"
+    where = f"--superlink {address}"
+    return f"left; the run goes on. fedtune status {where}, fedtune stop {where}"
 
 
 def start_run(link: Connection, submission: Submission) -> str:

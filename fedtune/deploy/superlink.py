@@ -18,7 +18,8 @@ from fedtune.deploy.probe import NotYet, probe
 from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.roles import ServerFolder, server_folder
 from fedtune.errors import ConfigError, DeployError
-from fedtune.signals import Stopped
+from fedtune.last import say_last
+from fedtune.signals import Stopped, status_of
 
 __all__ = ["SuperLink", "add_arguments", "run", "start_superlink"]
 
@@ -63,18 +64,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`fedtune up`: until Ctrl-C or SIGTERM, which is status 0."""
+    """`fedtune up`: until Ctrl-C, SIGTERM or SIGHUP, which is status 0 once it is up."""
     bound = Address(args.host, args.port)
     _check(bound, args.tls, insecure=args.insecure)
     env = flower_environment((args.output_dir / "flower").absolute(), args.host)
+    started = False
     try:
         with Supervisor(args.output_dir, env=env) as parts:
             link = start_superlink(parts, bound, tls=args.tls)
+            started = True
             print(_welcome(link), flush=True)
             parts.watch()
-    except (KeyboardInterrupt, Stopped):
-        print("superlink: stopped", flush=True)
-        return 0
+    except (KeyboardInterrupt, Stopped) as stop:
+        say_last("superlink: stopped" if started else "superlink: stopped as it began", sys.stdout)
+        return 0 if started else status_of(stop)
 
 
 def start_superlink(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from fedtune.cli import main as fedtune
 from fedtune.deploy import site
-from fedtune.errors import FedtuneError
 from fedtune.relay.site import SiteFolder
 
 
@@ -16,13 +15,7 @@ def main() -> int:
         return [sys.executable, "-m", "tests.deploy.fake_node", "--site", folder.path]
 
     site.node_command = node_command  # type: ignore[assignment]
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    site.add_arguments(parser)
-    try:
-        status = site.run(parser.parse_args())
-    except FedtuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+    status = fedtune(["join", *sys.argv[1:]])
     assert "torch" not in sys.modules
     return status
 

@@ -18,7 +18,7 @@ __all__ = ["follow"]
 
 POLL_S = 0.2
 ALIVE_S = 10.0  # asking Flower costs a second of CPU
-ALIVE_SHARE = 10.0  # on a busy host many: what is waited for should get most of the CPU
+ALIVE_SHARE = 4.0  # on a busy host many: what is waited for should get most of the CPU
 AGAIN_S = 0.5
 DOUBTS = 3
 
@@ -30,6 +30,7 @@ def follow(
     *,
     since: float,
     start_timeout_s: float = START_S,
+    left: Callable[[], bool] = lambda: False,
 ) -> None:
     """Show waiting sites and finished rounds until the run is over.
 
@@ -37,6 +38,7 @@ def follow(
         problem: why the run cannot go on although its ServerApp says nothing, or None.
         since: what was written before this time (seconds since 1970) is of an earlier run.
         start_timeout_s: how long the ServerApp may take to its first word.
+        left: whether a ServerApp that has said a word may be gone; quickly told.
 
     Raises:
         NotStarted: the ServerApp has not said a word for too long; it may still come.
@@ -63,7 +65,8 @@ def follow(
             if state.get("state") in ("failed", "stopped"):
                 raise RoundError(f"{state['error']}")
             waiting.look(state, len(rounds) + 1, num_rounds)
-            if time.monotonic() - asked > (AGAIN_S if doubts else pause_s):
+            due_s = ALIVE_S if state and left() else pause_s
+            if time.monotonic() - asked > (AGAIN_S if doubts else due_s):
                 began = time.monotonic()
                 reason = problem()
                 asked = time.monotonic()

@@ -134,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
                 lambda: run_problem(link, run_id),
                 since=started,
                 start_timeout_s=args.start_timeout_s,
+                left=lambda: holder(directory) is None,  # the server holds it to its end
             )
         except RoundError as error:
             if isinstance(error, NotStarted):

@@ -46,12 +46,14 @@ class FedtuneError(Exception):
     Attributes:
         outside: the message for another site or host, without its private parts.
         is_private: whether it has any.
+        marked: the message with its marks, to be part of another one's.
     """
 
     def __init__(self, message: str = "") -> None:
         super().__init__(MARKS.sub("", message))
         self.outside = MARKS.sub("", MARKED.sub("\N{HORIZONTAL ELLIPSIS}", message))
         self.is_private = BEGIN in message
+        self.marked = message
 
 
 class ConfigError(FedtuneError, ValueError):

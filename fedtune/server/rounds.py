@@ -295,8 +295,8 @@ def _ready(members: Membership, failures: list[dict[str, Any]]) -> list[Member]:
     except RoundError as error:
         if not failures:
             raise
-        before = private(f"{failures[-1]['reason']}")
-        raise RoundError(f"{error.outside} Before that: {before}.") from None
+        before = private(failures[-1]["reason"])
+        raise RoundError(f"{before}; after that {error.marked}") from None
 
 
 def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:

@@ -232,6 +232,26 @@ def test_a_site_that_failed_is_asked_from_the_start_before_its_next_round() -> N
     assert sites.asked.count(("client-0", "query.plan")) == 1
 
 
+def test_a_site_that_failed_and_left_is_why_a_run_ends() -> None:
+    """`join --once` ends with its script: that nobody is there is not the reason."""
+    gone: list[bool] = []
+
+    def fails(content: RecordDict, task: RoundTask) -> RecordDict:
+        gone.append(True)
+        raise RuntimeError("cannot tokenize Jane Roe")
+
+    sites = Deployment(answers={"client-1": fails})
+    run = serve_sites(
+        deployed(2, num_rounds=1), sites, lambda done: [0] if gone else [0, 1], nodes=2
+    )
+    words = r"1 of 2 needed updates \(client-1: .*Jane Roe\); after that expected 2 .* \(client-0\)"
+    with pytest.raises(RoundError, match=words):
+        result_of(run)
+    ((_, told),) = sites.finished.values()
+    assert told.startswith("failed: …; after that expected 2 clients")
+    assert "Jane" not in told
+
+
 def test_who_refuses_is_named_with_the_reason() -> None:
     sites = Deployment()
     sites.refuse = {"client-1": "at most 2 rounds"}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fedtune.adapters.names import active_adapter, has_adapter
 from fedtune.adapters.starts import rewrites_base
 
 __all__ = ["NEW_HEAD", "base_alone", "has_virtual_tokens"]
@@ -30,22 +34,37 @@ def base_alone(model: nn.Module) -> Iterator[None]:
 
     For a model as built, before anything is trained: biases and full models are trained in place.
     """
-    if not isinstance(model, PeftModel) or rewrites_base(vars(model.active_peft_config)):
+    adapters: Any = getattr(model, "peft_config", {})
+    if not has_adapter(model) or rewrites_base(vars(adapters[active_adapter(model)])):
         yield  # adapter and rest of the base together are the base
         return
-    if model.active_peft_config.is_prompt_learning:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         with _without_prompt(model):
             yield
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        with model.disable_adapter():
+        with model.disable_adapter() if isinstance(model, PeftModel) else _inside_disabled(model):
             yield
     finally:  # PEFT lets the whole adapter train when it is back
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _inside_disabled(model: nn.Module) -> Iterator[None]:
+    """The `enable_adapters` of transformers leaves `modules_to_save` switched off."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager

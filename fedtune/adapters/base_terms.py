@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedtune.adapters.manifest import TERM_A, TERM_B
+from fedtune.adapters.names import active_adapter, wrapper
 from fedtune.errors import ManifestError
 
 __all__ = ["base_terms", "set_base_terms"]
 
 HOLDER = "_fedtune_base_terms"  # attribute of a model that has some
-ADAPTER = "default"  # whose terms they are
 OTHERS = (_ConvNd, MultiheadAttention, ParamWrapper)  # what they do is not a matrix times the input
 
 
@@ -42,8 +42,12 @@ def base_terms(model: nn.Module) -> dict[str, Tensor]:
     return dict(live.terms) if live else {}
 
 
-def set_base_terms(model: nn.Module, terms: Mapping[str, Tensor]) -> None:
+def set_base_terms(
+    model: nn.Module, terms: Mapping[str, Tensor], adapter_name: str | None = None
+) -> None:
     """Put `terms` in the place of those that are there; none removes them.
+
+    They act with the named adapter alone, or with the one that is active now.
 
     Raises:
         ManifestError: a term without its layer, its other factor, or of another size; then nothing
@@ -54,8 +58,11 @@ def set_base_terms(model: nn.Module, terms: Mapping[str, Tensor]) -> None:
     for handle in live.handles if live else []:
         handle.remove()
     if terms:
+        adapter = adapter_name or active_adapter(model)
         handles = [
-            layer.register_forward_hook(_Branch(terms[name + TERM_B], terms[name + TERM_A]))
+            layer.register_forward_hook(
+                _Branch(adapter, terms[name + TERM_B], terms[name + TERM_A])
+            )
             for name, layer in layers.items()
         ]
         vars(model)[HOLDER] = _Live(dict(terms), handles)
@@ -64,11 +71,11 @@ def set_base_terms(model: nn.Module, terms: Mapping[str, Tensor]) -> None:
 class _Branch:
     """A forward hook of one layer."""
 
-    def __init__(self, b: Tensor, a: Tensor) -> None:
-        self._b, self._a = b, a
+    def __init__(self, adapter: str, b: Tensor, a: Tensor) -> None:
+        self._adapter, self._b, self._a = adapter, b, a
 
     def __call__(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if layer.disable_adapters or ADAPTER not in layer.active_adapters:
+        if layer.disable_adapters or self._adapter not in layer.active_adapters:
             return output
         x = args[0]
         if self._b.device != x.device:
@@ -87,7 +94,7 @@ def _layers(model: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, nn.Modul
     """Module name -> live layer of every term."""
     if not terms:
         return {}
-    live = dict(model.named_modules())
+    live = dict(model.named_modules(prefix=wrapper(model).removesuffix(".")))
     names = sorted({name.removesuffix(TERM_B).removesuffix(TERM_A) for name in terms})
     for name in names:
         layer = live.get(name)

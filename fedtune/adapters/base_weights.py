@@ -23,7 +23,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from fedtune.adapters.fingerprint import PROJECTIONS, BaseTensor, Fingerprint, block_rows
-from fedtune.adapters.names import base_model, owned_tensors
+from fedtune.adapters.names import active_adapter, base_model, has_adapter, owned_tensors
 from fedtune.adapters.quantized import Quantized, quantized
 from fedtune.adapters.sharded import is_sharded
 from fedtune.adapters.starts import rewrites_base
@@ -49,15 +49,15 @@ class _Frozen(NamedTuple):
     rewritten: bool
 
 
-def read_base(model: nn.Module, adapter_name: str = "default") -> Fingerprint:
+def read_base(model: nn.Module, adapter_name: str | None = None) -> Fingerprint:
     """The fingerprint of what lies under the adapter; of no tensors without one.
 
     A model without an adapter sends all it has. Reads on the CPU, a chunk at a time; a quantized
     tensor is written out alone.
     """
-    if not getattr(model, "peft_config", None) or is_sharded(model):
+    if not has_adapter(model) or is_sharded(model):
         return Fingerprint(1, {})
-    found = _frozen(model, adapter_name)
+    found = _frozen(model, adapter_name or active_adapter(model))
     shapes = {name: _shape(frozen) for name, frozen in found.items()}
     block = block_rows(shapes)
     with torch.no_grad():

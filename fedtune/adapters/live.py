@@ -7,12 +7,20 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftMixedModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedtune.adapters.manifest import FULL, Entry, Manifest, digest
-from fedtune.adapters.names import base_model, owned_tensors, static_tensors, trainable_tensors
+from fedtune.adapters.names import (
+    active_adapter,
+    base_model,
+    has_adapter,
+    owned_tensors,
+    static_tensors,
+    trainable_tensors,
+    wrapper,
+)
 from fedtune.adapters.starts import refused_start
 from fedtune.errors import ManifestError
 
@@ -54,14 +62,17 @@ QUANTIZATION = [
 ]
 
 
-def describe(model: nn.Module, adapter_name: str = "default") -> Manifest:
-    """The manifest of a PeftModel, or of a plain HuggingFace model that is trained in full.
+def describe(model: nn.Module, adapter_name: str | None = None) -> Manifest:
+    """The manifest of an adapter, or of a plain HuggingFace model that is trained in full.
+
+    The active adapter, unless another one is named: of a PeftModel, or inside a model.
 
     Raises:
         ManifestError: AdaLoRA, a start that differs between sites (`starts.py`), a prompt method
-            without an export, adapters injected without a PeftModel, an unknown adapter name,
-            nothing to train, or something that is trained but that PEFT would not save.
+            without an export, a PeftMixedModel, several active adapters, an unknown name, nothing
+            to train, or something that is trained but that PEFT would not save.
     """
+    adapter_name = adapter_name or active_adapter(model)
     config = _adapter_config(model, adapter_name)
     trainable = trainable_tensors(model, adapter_name)
     static = static_tensors(model, adapter_name)
@@ -112,19 +123,20 @@ def _base_config(base: nn.Module) -> dict[str, Any]:
 
 def _adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """PEFT's config as JSON values; empty for a full model."""
-    if not isinstance(model, PeftModel):
-        if getattr(model, "peft_config", None):
-            raise ManifestError(
-                f"Adapter: expected a PeftModel, received {type(model).__name__} with an adapter "
-                "inside it. Use peft.get_peft_model(model, config)."
-            )
+    if not has_adapter(model):
         return {}
-    if adapter_name not in model.peft_config:
+    if isinstance(model, PeftMixedModel):
         raise ManifestError(
-            f"Adapter: expected one of {sorted(model.peft_config)}, received `{adapter_name}`. "
+            "Adapter: expected a PeftModel, received a PeftMixedModel, whose adapters have no "
+            "checkpoint of one kind. Use peft.get_peft_model(model, config)."
+        )
+    adapters: Any = model.peft_config
+    if adapter_name not in adapters:
+        raise ManifestError(
+            f"Adapter: expected one of {sorted(adapters)}, received `{adapter_name}`. "
             "Give the name of the adapter that is trained."
         )
-    live: PeftConfig = model.peft_config[adapter_name]
+    live: PeftConfig = adapters[adapter_name]
     config: dict[str, Any] = json_able(copy.deepcopy(live).to_dict())
     if config["peft_type"] == "ADALORA":
         raise ManifestError(ADALORA)
@@ -163,7 +175,7 @@ def _entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 
 def _scaling(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, float]]:
     """(module, factor of B @ A); read from the live layer, where patterns are already resolved."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(prefix=wrapper(model).removesuffix(".")):
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
             yield name, float(module.scaling[adapter_name])
 
@@ -179,11 +191,11 @@ def _export_keys(
     A checkpoint entry that is neither trained nor owned is a copy of the base and is left out.
     """
     tensors = {**static, **trainable}
-    if not isinstance(model, PeftModel):
+    if not has_adapter(model):
         return {name: name for name in sorted(tensors)}
     by_storage = {_storage(tensor): name for name, tensor in tensors.items() if tensor.numel()}
     names = {
-        key: by_storage.get(_storage(tensor), key)
+        wrapper(model) + key: by_storage.get(_storage(tensor), wrapper(model) + key)
         for key, tensor in _peft_state(model, adapter_name).items()
     }
     keys = {key: names[key] for key in sorted(names) if names[key] in tensors}
@@ -198,7 +210,7 @@ def _export_keys(
     return keys
 
 
-def _peft_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+def _peft_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """PEFT's state dict; the embedding flag is explicit, since "auto" may call the hub."""
     modes = {module: module.training for module in model.modules()}
     model.eval()  # a prompt encoder with dropout would draw from the global RNG

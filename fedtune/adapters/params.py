@@ -18,15 +18,16 @@ from fedtune.errors import ManifestError
 __all__ = ["Params", "collect", "collect_static", "load", "load_static"]
 
 
-def collect(model: nn.Module, adapter_name: str = "default") -> Params:
+def collect(model: nn.Module, adapter_name: str | None = None) -> Params:
     """Copies of all trained parameters: CPU, contiguous, live dtype, sorted by canonical name.
 
-    Tied parameters appear once. Works for a PeftModel and for a plain model trained in full.
+    Of the active adapter, here and below, unless another one is named. Tied parameters appear once.
+    Works for a PeftModel, for adapters inside a model and for a plain model trained in full.
     """
     return _snapshot(trainable_tensors(model, adapter_name))
 
 
-def collect_static(model: nn.Module, adapter_name: str = "default") -> Params:
+def collect_static(model: nn.Module, adapter_name: str | None = None) -> Params:
     """Copies of the frozen tensors that have to be sent once, like FFA-LoRA's lora_A.
 
     Empty for most adapters. The base model is not part of it, unless the model is trained in full:
@@ -42,7 +43,7 @@ def load(
     *,
     static: Params | None = None,
     base: Params | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
 ) -> None:
     """Copy `params` (and `static`) into the live tensors, cast to their dtype and device.
 
@@ -57,12 +58,12 @@ def load(
     if static is not None:
         check(static, manifest, static=True)
     _check_live(model, {**params, **(static or {})}, adapter_name)
-    set_base_terms(model, base or {})
+    set_base_terms(model, base or {}, adapter_name)
     _copy(model, {**params, **(static or {})}, adapter_name)
 
 
 def load_static(
-    model: nn.Module, static: Params, manifest: Manifest, *, adapter_name: str = "default"
+    model: nn.Module, static: Params, manifest: Manifest, *, adapter_name: str | None = None
 ) -> None:
     """Copy only the static tensors into the live ones; same rules as `load`."""
     check(static, manifest, static=True)
@@ -78,7 +79,7 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _check_live(model: nn.Module, params: Params, adapter_name: str) -> None:
+def _check_live(model: nn.Module, params: Params, adapter_name: str | None) -> None:
     live = receivers(model, adapter_name)
     for name, tensor in params.items():
         expected = None if name not in live else tuple(live[name].shape)
@@ -89,7 +90,7 @@ def _check_live(model: nn.Module, params: Params, adapter_name: str) -> None:
             )
 
 
-def _copy(model: nn.Module, params: Params, adapter_name: str) -> None:
+def _copy(model: nn.Module, params: Params, adapter_name: str | None) -> None:
     live = receivers(model, adapter_name)
     for name, tensor in params.items():
         copy_into(live[name], tensor)

@@ -63,7 +63,7 @@ class ClientRound:
                 optimizer has weights of its own.
         """
         refuse_own_weights(optimizer)
-        live = trainable_tensors(model, "default")
+        live = trainable_tensors(model)
         still = {*self._task.frozen, *self._manifest.static}
         self._still = {name: tensor for name, tensor in live.items() if name in still}
         if (self._still or self._correction) and is_sharded(model):

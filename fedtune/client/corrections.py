@@ -55,7 +55,7 @@ class ProximalTerm:
         """Remember x."""
         self._anchors = [
             (parameter, _precise(parameter).clone())
-            for name, parameter in trainable_tensors(model, "default").items()
+            for name, parameter in trainable_tensors(model).items()
             if name not in without
         ]
 
@@ -86,7 +86,7 @@ class ControlVariates:
     def begin(self, model: nn.Module, without: Collection[str] = ()) -> None:
         """Put c - c_k beside every parameter and start the sum of gradients."""
         self._terms, self._sums, self._steps = [], {}, 0
-        for name, parameter in trainable_tensors(model, "default").items():
+        for name, parameter in trainable_tensors(model).items():
             if name in without:
                 continue
             total = torch.zeros_like(_precise(parameter))

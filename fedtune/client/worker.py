@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
@@ -26,6 +25,7 @@ from fedtune.adapters import (
     warn_of_half_precision,
 )
 from fedtune.adapters.beside import Beside, beside
+from fedtune.adapters.names import has_adapter
 from fedtune.client.client_round import completed, remembers
 from fedtune.client.local import MEMORY, evaluate, evaluate_base, train_round
 from fedtune.client.memory import ClientMemory
@@ -282,7 +282,7 @@ class Worker:
 
 def _beside(model: nn.Module, tokenizer: Any) -> Beside:
     """Nothing for an adapter, which has all of it at its base."""
-    full = not isinstance(model, PeftModel) and hasattr(model, "config")
+    full = not has_adapter(model) and hasattr(model, "config")
     return beside(model, tokenizer) if full else Beside()
 
 

@@ -128,9 +128,8 @@ def test_what_peft_would_not_save_is_refused() -> None:
         describe(model)
 
 
-def test_adapter_without_a_peft_model_is_refused() -> None:
-    model = tiny_llama()
-    model.add_adapter(lora())
+def test_a_mixed_model_is_refused() -> None:
+    model = get_peft_model(tiny_llama(), lora(), mixed=True)
     with pytest.raises(ManifestError, match="get_peft_model"):
         describe(model)
 

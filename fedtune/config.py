@@ -145,6 +145,20 @@ class FederationArguments:
     min_replies: str | None = setting(
         None, "Good updates a round needs: a number, or a fraction of those asked. Default: all."
     )
+    max_client_weight: float = setting(
+        0.5,
+        "Largest share of a round's weights that one client may have, where three or more are "
+        "asked; what is above is cut, and said. 1: no bound.",
+    )
+    max_update_norm: float | None = setting(
+        None,
+        "Largest norm of a client's update, its difference to what it was sent. Default: only 10 x "
+        "the median of the last rounds bounds it.",
+    )
+    update_check: Literal["refuse", "clip"] = setting(
+        "refuse",
+        "An update whose norm is above its bound; refuse: is left out; clip: is scaled down to it.",
+    )
     round_timeout_s: float = setting(3600.0, "Seconds until missing updates are given up.")
     max_failed_rounds: int = setting(
         2, "How many times one round may fail before the run ends with an error."

@@ -40,12 +40,16 @@ def federation_ranges(fed: FederationArguments) -> Iterator[Range]:
         yield Range(flag, count, _at_least(least, count), f"a whole number >= {least}")
     for flag, amount in (
         ("epochs_per_round", fed.epochs_per_round),
+        ("max_update_norm", fed.max_update_norm),
         ("round_timeout_s", fed.round_timeout_s),
         ("cpus_per_client", fed.cpus_per_client),
     ):
         yield Range(flag, amount, _positive(amount), "a number > 0")
-    share = fed.fraction_train
-    yield Range("fraction_train", share, 0 < share <= 1, "a share > 0 and <= 1")
+    for flag, share in (
+        ("fraction_train", fed.fraction_train),
+        ("max_client_weight", fed.max_client_weight),
+    ):
+        yield Range(flag, share, 0 < share <= 1, "a share > 0 and <= 1")
     gpus = fed.gpus_per_client
     yield Range("gpus_per_client", gpus, 0 <= gpus < math.inf, "a number >= 0")
 

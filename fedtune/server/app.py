@@ -18,6 +18,7 @@ from fedtune.server.membership import ClientsHook, Membership
 from fedtune.server.rounds import AttemptHook, Plan, RoundHook, run_rounds
 from fedtune.strategies import Method
 from fedtune.strategies.agreement import check_manifest
+from fedtune.strategies.bounds import DEFAULT, Bounds
 from fedtune.strategies.registry import name_of
 from fedtune.strategies.shell import FedStrategy
 from fedtune.strategies.updates import reason_of
@@ -50,6 +51,7 @@ class ServerRun:
         on_round: called with the state and the record of every finished round.
         on_attempt: called with every attempt at a round that failed.
         start: state to continue from, or None to begin.
+        bounds: of what one client's reply may do.
         init_adapter: directory of the first global adapter, or None to take a client's.
         join_timeout_s: how long to wait for them.
         deployed: whether clients are sites that come and go, and must be told of the end.
@@ -65,6 +67,7 @@ class ServerRun:
     on_round: RoundHook
     fraction_train: float = 1.0
     min_replies: str | None = None
+    bounds: Bounds = DEFAULT
     start: ServerState | None = None
     init_adapter: Path | None = None
     join_timeout_s: float = 120.0
@@ -97,6 +100,7 @@ class ServerRun:
             fraction_train=federation.fraction_train,
             min_replies=federation.min_replies,
             join_timeout_s=federation.round_timeout_s,
+            bounds=Bounds.of(federation),
             init_adapter=Path(init_adapter) if init_adapter else None,
             codec=CodecSettings.of(
                 transport or TransportArguments(), refactors=method.properties.refactors
@@ -183,6 +187,7 @@ def _run_all(
         pooled=not run.plan.sites_evaluate,
         fraction_train=run.fraction_train,
         min_replies=run.min_replies,
+        bounds=run.bounds,
         seed=run.plan.seed,
         run_id=run.plan.run,
         ttl_s=run.plan.round_timeout_s,

@@ -94,6 +94,7 @@ def run_rounds(
         state.manifest, state.method_state, state.base, state.control_clients
     )
     strategy.client_rounds, strategy.node_of = state.client_rounds, grid.node_of
+    strategy.history = state.history
     before = grid.traffic
     strategy.members = members.ready()
     arrays = to_arrays(state.params)
@@ -174,10 +175,11 @@ def _run_round(
         on_attempt({"round": number, "attempt": attempt, **failures[-1]})
         log.warning("round %d, attempt %d failed: %s", number, attempt, failures[-1]["reason"])
         if len(failures) > plan.max_failed_rounds:
+            few = f"{_few(strategy, outcome)} ({private(_reasons(outcome))})"
+            why = private(outcome.problem) if outcome.problem else few
             raise RoundError(
-                f"round {number} failed {len(failures)} times: {_few(strategy, outcome)} "
-                f"({private(_reasons(outcome))}). Fix the clients, or allow fewer with "
-                "--min_replies."
+                f"round {number} failed {len(failures)} times: {why}. Fix the clients, or allow "
+                "fewer with --min_replies."
             )
     state.client_rounds.update(outcome.rounds)
     coded_s = grid.traffic.codec_s - coded_s  # in the attempt that was good, as is the wait
@@ -201,6 +203,7 @@ def _run_round(
         "failed_attempts": failures,
         "update_norm": outcome.update_norm,
         "client_drift": outcome.client_drift,
+        **({} if outcome.server_rate is None else {"server_rate": outcome.server_rate}),
         "residual": outcome.residual,
         "residual_fedavg": outcome.residual_fedavg,
         **_base(strategy.memory.base),
@@ -300,8 +303,9 @@ def _ready(members: Membership, failures: list[dict[str, Any]]) -> list[Member]:
 
 
 def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:
+    few = f"{_few(strategy, outcome)} ({_reasons(outcome)})"
     return {
-        "reason": f"{_few(strategy, outcome)} ({_reasons(outcome)})",
+        "reason": outcome.problem or few,
         "refused": [asdict(refusal) for refusal in outcome.refused],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fedtune.adapters import Manifest
@@ -16,7 +17,7 @@ from fedtune.strategies.lora.manifests import at_ranks, ranks_in
 from fedtune.strategies.mean import toward
 from fedtune.strategies.scaffold import next_control, widened
 
-__all__ = ["MethodState", "ServerMemory", "advance"]
+__all__ = ["MethodState", "ServerMemory", "advance", "not_finite"]
 
 MethodState = dict[str, dict[str, Tensor]]
 CONTROL = "control"  # SCAFFOLD's c among what is kept for a parameter
@@ -54,6 +55,7 @@ def advance(
     result: Mapping[str, Tensor],
     *,
     clients: int,
+    rate: float,
 ) -> tuple[dict[str, Tensor], ServerMemory]:
     """The new global parameters and memory.
 
@@ -61,6 +63,7 @@ def advance(
         old: the global parameters.
         result: of the fold; what it does not name stays as it is.
         clients: that have ever taken part, or do now.
+        rate: how far the server goes to that result.
     """
     control = memory.control
     if method.has_control:
@@ -69,7 +72,7 @@ def advance(
         control |= next_control(control, gathering.control.result(), share)
     new: dict[str, Tensor] = dict(old)
     state: MethodState = {name: dict(kept) for name, kept in memory.method_state.items()}
-    for name, value in toward(old, result, method.server_rate(gathering.stats)).items():
+    for name, value in toward(old, result, rate).items():
         kept = {key: tensor for key, tensor in state.get(name, {}).items() if key != CONTROL}
         new[name], state[name] = method.step(old[name], value, kept)
     for name, value in control.items():
@@ -78,3 +81,17 @@ def advance(
     manifest = at_ranks(memory.manifest, ranks_in(new))
     base = method.cumulate(memory.base, terms)
     return new, ServerMemory(manifest, state, base, clients if control else 0)
+
+
+def not_finite(params: Mapping[str, Tensor], memory: ServerMemory) -> str:
+    """Which of the parameters, or of what the server keeps, holds NaN or infinity; else empty."""
+    places = {f"`{name}`": tensor for name, tensor in params.items()}
+    for name, kept in memory.method_state.items():
+        places |= {f"{key} of `{name}`": tensor for key, tensor in kept.items()}
+    places |= {f"what is added to {name}": term for name, term in memory.base.tensors().items()}
+    found = (where for where, tensor in places.items() if not _is_finite(tensor))
+    return next(found, "")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -16,6 +16,7 @@ Methods know tensors and numbers, neither Flower nor PEFT.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -98,11 +99,16 @@ ANY_ROUND = Round()
 
 @dataclass(frozen=True)
 class ClientStats:
-    """What one client did in one round."""
+    """What one client did in one round.
+
+    Attributes:
+        most_weight: that it may have, whatever it did (`weights.py`).
+    """
 
     num_examples: int
     num_tokens: int
     num_steps: int
+    most_weight: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,13 @@ class Method:
         """Weight of one client's rows in the objective, by `weight_by`, before normalisation."""
         if self.weight_by == "uniform":
             return 1.0
-        return float(stats.num_tokens if self.weight_by == "tokens" else stats.num_examples)
+        count = stats.num_tokens if self.weight_by == "tokens" else stats.num_examples
+        return min(float(count), stats.most_weight)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it makes a difference how much a client trained on."""
+        return self.weight_by != "uniform" and not self.properties.robust
 
     def weigh(self, stats: ClientStats) -> float:
         """Weight p_k of one update, before normalisation."""

@@ -53,6 +53,8 @@ class FedNova(Method):
         return float(forth * back / total**2)
 
     def _length(self, stats: ClientStats) -> float:
+        if not self.client_momentum and not self.prox:
+            return float(stats.num_steps)
         return path_length(
             repeat(1.0, stats.num_steps), momentum=self.client_momentum, prox=self.prox
         )

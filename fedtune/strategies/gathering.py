@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.strategies.base import ClientStats, Method, Round
 from fedtune.strategies.lora.configs import has_products
+from fedtune.strategies.lora.manifests import ranks_of
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b
 from fedtune.strategies.mean import RunningMean
+from fedtune.strategies.norms import squared_distance
 from fedtune.strategies.residuals import Certificate
 from fedtune.strategies.updates import Update
 
-__all__ = ["Gathering", "certifies", "squared_distance"]
+__all__ = ["Gathering", "certifies"]
 
 # For the residuals the factors of all updates are kept, up to this many: 32 MB in fp32, and 1 GB
 # for a LoRA rule. They are a figure beside a mean that needs no more memory for more clients.
@@ -50,6 +52,33 @@ class Gathering:
         self.spread = Spread() if same_ranks and not method.properties.refactors else None
         self.stats: list[ClientStats] = []
 
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        now: Round,
+        manifest: Manifest,
+        clients: Sequence[Manifest],
+        static: Mapping[str, Tensor],
+        *,
+        updates: int,
+    ) -> Gathering:
+        """For a round of clients with these manifests.
+
+        Args:
+            manifest: of the global parameters.
+            updates: that may come.
+        """
+        held = [ranks_of(one) for one in (*clients, manifest)]
+        most = {name: max(ranks[name] for ranks in held) for name in held[-1]}
+        return cls(
+            method,
+            replace(now, rank=most),
+            static,
+            certified=certifies(method, manifest, updates),
+            same_ranks=all(ranks == held[-1] for ranks in held),
+        )
+
     def add(self, update: Update, start: Mapping[str, Tensor], age: int = 0) -> None:
         """Fold one client's update in.
 
@@ -69,8 +98,8 @@ class Gathering:
         if self.certificate is not None:
             self.certificate.add({**self._static, **start, **params}, weight)
         if self.spread is not None:
-            origin = self._now.reference if age else start
-            self.spread.add(squared_distance(params, origin), weight)
+            moved = squared_distance(params, self._now.reference) if age else update.squared_norm
+            self.spread.add(moved, weight)
 
 
 def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
@@ -104,8 +133,3 @@ class Spread:
         """Root of the spread around the mean update."""
         mean = math.fsum(self._squares) / math.fsum(self._weights)
         return math.sqrt(max(0.0, mean - squared_norm_of_mean))
-
-
-def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Sum of squares over the tensors of `left`."""
-    return sum(float(torch.sum((left[name].double() - right[name].double()) ** 2)) for name in left)

@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from fedtune.strategies.norms import CONTROL_NORM, NORM
 from fedtune.strategies.updates import Refusal, Update
 
-__all__ = ["Outcome", "needed_replies", "sample_clients"]
+__all__ = ["CUT_FROM", "Outcome", "needed_replies", "sample_clients"]
+
+CUT_FROM = "weight_cut_from"  # what a client would have weighed, in its reply's record
 
 
 @dataclass
@@ -26,23 +29,43 @@ class Outcome:
     client_drift: float | None = None
     residual: float | None = None
     residual_fedavg: float | None = None
+    server_rate: float | None = None  # where it was cut
+    problem: str = ""  # of the server's own step
     rounds: dict[str, int] = field(default_factory=dict)  # that the accepted updates are of
 
-    def take(self, client: str, update: Update, client_round: int) -> None:
-        """Note an accepted update, of this round or of an earlier one."""
+    def take(self, client: str, update: Update, client_round: int, cut_from: float | None) -> None:
+        """Note an accepted update, of this round or of an earlier one.
+
+        Args:
+            cut_from: the weight that it asked for, where that was cut to `most_weight`.
+        """
+        stats = update.stats
+        cut = {"weight": stats.most_weight, CUT_FROM: cut_from} if cut_from else {}
+        clipped = {"norm_clipped_from": update.clipped_from} if update.clipped_from else {}
+        control = {} if update.control_norm is None else {CONTROL_NORM: update.control_norm}
         self.rounds[client] = client_round
         self.replies.append(
             {
                 "client": client,
                 "round": client_round,
-                "examples": update.stats.num_examples,
-                "tokens": update.stats.num_tokens,
-                "steps": update.stats.num_steps,
+                "examples": stats.num_examples,
+                "tokens": stats.num_tokens,
+                "steps": stats.num_steps,
                 "train_loss": update.train_loss,
                 "train_s": round(update.train_s, 4),
+                NORM: math.sqrt(update.squared_norm),
+                **control,
+                **clipped,
+                **cut,
             }
         )
         self.train_s += update.train_s
+
+    @property
+    def longest(self) -> str:
+        """Whose accepted update is the longest, in words."""
+        found = max(self.replies, key=lambda reply: float(reply[NORM] or 0.0))
+        return f"{found['client']}'s, norm {float(found[NORM] or 0.0):.4g}"
 
     def total(self, key: str) -> int:
         """Sum of a count over the accepted replies."""

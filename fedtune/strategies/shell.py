@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.config import sampled_clients
-from fedtune.errors import ManifestError
-from fedtune.strategies.advance import ServerMemory, advance
+from fedtune.strategies.advance import ServerMemory
+from fedtune.strategies.attempt import Arrived, Attempt, StepFailedError
 from fedtune.strategies.base import Method, Round
-from fedtune.strategies.gathering import Gathering, certifies, squared_distance
-from fedtune.strategies.lora.manifests import ranks_of
+from fedtune.strategies.bounds import DEFAULT, Bounds, Judge
+from fedtune.strategies.gathering import Gathering
 from fedtune.strategies.outcome import Outcome, needed_replies, sample_clients
 from fedtune.strategies.scoring import Row, mean_scores, scorers
 from fedtune.strategies.updates import (
@@ -40,6 +41,8 @@ __all__ = ["FedStrategy"]
 
 log = logging.getLogger(__name__)
 
+WINDOW = 50  # finished rounds among which bounds look for the last that moved
+
 
 class FedStrategy(Strategy):
     """Drives one `Method` over named clients.
@@ -54,10 +57,11 @@ class FedStrategy(Strategy):
         run_id: id of the run, which clients know it by.
         ttl_s: how long a message may wait for its client; infinite when there is no limit.
         pooled: whether one client's held-out rows are those of all.
+        bounds: of what one client's reply may do.
 
     Set `members` to who takes part before each use, and `node_of` to what knows whose reply a
     message is, where that is not its sender's. `memory` is what the server keeps, `client_rounds`
-    the last round of each client whose update was taken.
+    the last round of each client whose update was taken, `history` the records of finished rounds.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class FedStrategy(Strategy):
         run_id: str = "",
         ttl_s: float = math.inf,
         pooled: bool = True,
+        bounds: Bounds = DEFAULT,
     ) -> None:
         self.method = method
         self.memory = ServerMemory(manifest)
@@ -82,14 +87,17 @@ class FedStrategy(Strategy):
         self.run_id = run_id
         self.ttl_s = ttl_s
         self.pooled = pooled
+        self.bounds = bounds
         self.members: list[Member] = []
         self.node_of: Callable[[Message], int] = lambda reply: reply.metadata.src_node_id
         self.scores: list[Row] = []
         self.client_rounds: Mapping[str, int] = {}
+        self.history: Sequence[Mapping[str, Any]] = ()
         self.tasks: dict[str, RoundTask] = {}
         self.outcome = Outcome(asked=[])
         self.pending: set[str] = set()  # ids of messages under way
         self._flights: dict[str, Flight] = {}
+        self._risen: tuple[int, Mapping[str, float]] = (0, {})
         self._global: dict[str, Tensor] = {}
         self._views = Views({}, ArrayRecord(), "")
 
@@ -161,7 +169,7 @@ class FedStrategy(Strategy):
         `outcome` then says what happened. Nothing of the strategy's own state changes unless the
         round is good.
         """
-        outcome, gathering = self.outcome, self._gathering(server_round)
+        outcome, attempt, judge = self.outcome, *self._begin(server_round)
         members = {member.node: member for member in self.members}
         for message in replies:
             node = self.node_of(message)
@@ -180,27 +188,49 @@ class FedStrategy(Strategy):
                 update = read_update(
                     message, Expected.of(flight.task, manifest, self.method.has_control)
                 )
-                age = server_round - flight.task.round
-                gathering.add(update, flight.views.params(member.manifest), age)
-            except (UpdateRefusedError, ManifestError) as error:
+                start, number = flight.views.params(member.manifest), flight.task.round
+                attempt.take(Arrived(name, node, update, start, number, server_round - number))
+            except UpdateRefusedError as error:
                 outcome.refused.append(Refusal(node, name, one_line(str(error))))
                 log.warning("round %d: refused %s: %s", server_round, name, error)
                 continue
             finally:
                 del message
-            outcome.take(name, update, flight.task.round)
-            outcome.aggregate_s += time.perf_counter() - started
-            del update, flight
-            if len(outcome.replies) == self.buffer:
+                outcome.aggregate_s += time.perf_counter() - started
+            del update, flight, start
+            if attempt.taken == self.buffer:
                 break
         else:
             self._give_up()
-        if len(outcome.replies) < self.needed:
-            return None, None
         started = time.perf_counter()
-        arrays = to_arrays(self._advance(gathering))
+        attempt.settle(self.history)
+        new = self._step(attempt) if len(outcome.replies) >= self.needed else None
+        arrays = to_arrays(new) if new is not None else None
         outcome.aggregate_s += time.perf_counter() - started
+        if arrays is None:
+            self._risen = server_round, judge.risen(len(outcome.asked), len(self.members))
+            return None, None
         return arrays, MetricRecord({"num-examples": outcome.total("examples")})
+
+    def _begin(self, server_round: int) -> tuple[Attempt, Judge]:
+        """An attempt at a round, bounded by finished rounds in which the same tensors trained."""
+        still = self.frozen(server_round)
+        judge = self.bounds.judge(
+            [one for one in self.history[-WINDOW:] if self.frozen(int(one["round"])) == still],
+            self._global,
+            self.memory.control,
+            self._risen[1] if self._risen[0] == server_round else {},
+        )
+        gathering = Gathering.of(
+            self.method,
+            Round(server_round, self._global, self.manifest.scaling),
+            self.manifest,
+            [member.manifest or self.manifest for member in self.members],
+            self.static,
+            updates=len(self._flights),
+        )
+        share = self.bounds.max_client_weight
+        return Attempt(self.method, self.outcome, judge, gathering, share=share), judge
 
     def _give_up(self) -> None:
         """Wait no more for those under way."""
@@ -273,31 +303,12 @@ class FedStrategy(Strategy):
         base = self.memory.base
         return to_arrays(base.sent(self._global)) if base.terms else None
 
-    def _gathering(self, server_round: int) -> Gathering:
-        manifests = [member.manifest or self.manifest for member in self.members]
-        held = [ranks_of(manifest) for manifest in (*manifests, self.manifest)]
-        most = {name: max(ranks[name] for ranks in held) for name in held[-1]}
-        return Gathering(
-            self.method,
-            Round(server_round, self._global, self.manifest.scaling, rank=most),
-            self.static,
-            certified=certifies(self.method, self.manifest, len(self._flights)),
-            same_ranks=all(ranks == held[-1] for ranks in held),
-        )
-
-    def _advance(self, gathering: Gathering) -> dict[str, Tensor]:
-        result, before = gathering.fold.result(), self.memory.base
+    def _step(self, attempt: Attempt) -> dict[str, Tensor] | None:
+        """What the server makes of good updates; None when that cannot be used."""
         known = len(self.client_rounds.keys() | set(self.clients.values()))
-        new, self.memory = advance(
-            self.method, self._global, self.memory, gathering, result, clients=known
-        )
-        outcome, added = self.outcome, self.memory.base.change_since(before)
-        if gathering.spread is not None:
-            outcome.client_drift = gathering.spread.around(squared_distance(result, self._global))
-            outcome.update_norm = math.sqrt(squared_distance(new, self._global))
-        if gathering.certificate is not None:
-            rounded = {n: value.to(self._global[n].dtype) for n, value in result.items()}
-            merged = {**self.static, **self._global, **rounded}
-            errors = gathering.certificate.residuals(merged, added)
-            outcome.residual, outcome.residual_fedavg = errors
+        try:
+            new, self.memory = attempt.step(self._global, self.static, self.memory, known)
+        except StepFailedError as error:
+            self.outcome.problem = str(error)
+            return None
         return new

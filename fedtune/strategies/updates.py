@@ -48,7 +48,14 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Update:
-    """One client's checked reply; `control_change` is c_k+ - c_k, empty without SCAFFOLD."""
+    """One client's checked reply.
+
+    Attributes:
+        control_change: c_k+ - c_k, empty without SCAFFOLD.
+        squared_norm: |y_k - x|^2 as it is folded.
+        control_norm: |c_k+ - c_k|, None without.
+        clipped_from: the norm that was received, where it was above its bound.
+    """
 
     client: str
     params: dict[str, Tensor]
@@ -56,6 +63,9 @@ class Update:
     train_loss: float | None
     train_s: float
     control_change: dict[str, Tensor] = field(default_factory=dict)
+    squared_norm: float = 0.0
+    control_norm: float | None = None
+    clipped_from: float | None = None
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,21 @@ class SharedFactorMean:
 
     def add(self, params: Mapping[str, Tensor], weight: float) -> None:
         """Fold one client's parameters in; a factor that does not travel is a shared one."""
-        if not self._modules:
-            self._modules = lora_modules(params)
-            self._shared = {n: value for n, value in params.items() if self._may_be_shared(n)}
-        self._shared = {n: v for n, v in self._shared.items() if torch.equal(v, params[n])}
-        for module in self._modules.values():
+        modules, before = self._modules, self._shared
+        if not modules:
+            modules = lora_modules(params)
+            before = {n: value for n, value in params.items() if self._may_be_shared(n)}
+        shared = {n: v for n, v in before.items() if torch.equal(v, params[n])}
+        for module in modules.values():
             candidates = [name for name in (module.b, module.a) if self._may_be_shared(name)]
-            if not any(name in self._shared or name not in params for name in candidates):
+            if not any(name in shared or name not in params for name in candidates):
                 raise ManifestError(
                     f"`{module.name}`: {self._rule} expected one factor that is equal at all "
                     "clients, received different ones. Distribute it once and keep it frozen, or "
                     "use fedex_lora, which is exact for both."
                 )
         self._mean.add(params, weight)
+        self._modules, self._shared = modules, shared
 
     def result(self) -> dict[str, Tensor]:
         """The mean; a shared factor comes back as it was."""

@@ -210,7 +210,7 @@ class _Client:
         client, content = self._plan.client, request.content
         match request.kind:
             case messages.PLAN:
-                return replies.planned(client, evaluates=False, manifest=self._manifest, rows=0)
+                return replies.planned(client, evaluates=False, manifest=self._manifest)
             case messages.INITIAL:
                 if self._params is None or self._manifest is None:
                     raise ManifestError(

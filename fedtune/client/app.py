@@ -12,7 +12,7 @@ from fedtune.client.codec_link import CodecLink
 from fedtune.client.replies import Sent
 from fedtune.client.worker import Worker
 from fedtune.transport.coded_records import resend
-from fedtune.transport.messages import EvaluateTask, RoundTask, arrays_of
+from fedtune.transport.messages import EvaluateTask, PlanTask, RoundTask, arrays_of
 
 __all__ = ["client_app"]
 
@@ -48,7 +48,7 @@ def client_app(get_worker: Callable[[], Worker]) -> ClientApp:
             name,
             evaluates=True,
             manifest=worker.manifest_of(name),
-            rows=len(worker.train[name]),
+            declared=worker.declare(name, PlanTask.of(message.content)),
         )
         return Message(content, reply_to=message)
 

@@ -11,6 +11,7 @@ from fedtune.client import replies
 from fedtune.client.client_round import ClientRound, refuse_fp16
 from fedtune.client.conversation import Conversation
 from fedtune.client.counter import BatchCounter
+from fedtune.client.declared import within
 from fedtune.client.live_trainer import move_to, optimizer_is_spoiled, restart_schedule
 from fedtune.client.local import derive_seed
 from fedtune.client.options import Options
@@ -121,7 +122,9 @@ class LiveRound:
             train_s=time.perf_counter() - self._started,
         )
         if self._request is not None:
-            self._request.reply(replies.trained(self._plan.client, task, result))
+            self._request.reply(
+                replies.trained(self._plan.client, task, within(result, site.declared))
+            )
         self._request, self.done = None, 0
 
     def leave(self, site: SiteModel, ranks: Ranks, reason: str) -> None:

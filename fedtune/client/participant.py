@@ -95,7 +95,9 @@ class Participant:
                 f"the run was over ({self._reason}). Call fedtune.unpatch(trainer) first."
             )
         try:
-            self._at_site = SiteModel(self.trainer, self.plan, self._ranks, self._folder)
+            self._at_site = SiteModel(
+                self.trainer, self.plan, self.steps, self._ranks, self._folder
+            )
             ours = self._find_checkpoint() if resume in (None, False) else None
             span = self.steps if self._options.restart_lr else None
             with (

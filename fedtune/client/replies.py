@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from flwr.app import RecordDict
 from torch import Tensor
@@ -12,7 +12,16 @@ from fedtune.adapters import Manifest
 from fedtune.adapters.fingerprint import Fingerprint
 from fedtune.client.score import Score
 from fedtune.errors import ManifestError
-from fedtune.transport.messages import ARRAYS, BASE, CONTROL, RoundTask, arrays_of, pack
+from fedtune.transport.messages import (
+    ARRAYS,
+    BASE,
+    CONTROL,
+    UNKNOWN,
+    Declared,
+    RoundTask,
+    arrays_of,
+    pack,
+)
 from fedtune.transport.records import config_of, to_arrays
 
 __all__ = [
@@ -87,21 +96,20 @@ def planned(
     *,
     evaluates: bool,
     manifest: Manifest | None,
-    rows: int,
+    declared: Declared = UNKNOWN,
     base: Fingerprint | None = None,
 ) -> RecordDict:
-    """Who takes part, with which adapter on which base.
+    """Who takes part, with which adapter on which base, and with how much.
 
     Args:
         evaluates: whether there are held-out rows.
-        rows: train rows; 0 when unknown.
         base: None where all clients share one.
     """
     texts = {
         "manifest": "" if manifest is None else manifest.to_json(),
         "base": "" if base is None else base.to_json(),
     }
-    return pack(config={"client": client, "evaluates": evaluates, "rows": rows, **texts})
+    return pack(config={"client": client, "evaluates": evaluates, **asdict(declared), **texts})
 
 
 def initial(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from flwr.app import RecordDict
 from safetensors.torch import load, save
@@ -35,6 +34,7 @@ from fedtune.adapters.fingerprint import Fingerprint
 from fedtune.adapters.sharded import is_sharded
 from fedtune.client import replies
 from fedtune.client.client_round import completed, remembers
+from fedtune.client.declared import declared
 from fedtune.client.local import model_of
 from fedtune.client.memory import ClientMemory, Kept
 from fedtune.client.ranks import Ranks
@@ -59,10 +59,16 @@ class SiteModel:
     """The Trainer's model, as one run sees it; made before the Trainer wraps it.
 
     Its tensors may later be spread over processes.
+
+    Args:
+        steps: optimizer steps of a round.
     """
 
-    def __init__(self, trainer: Trainer, plan: SitePlan, ranks: Ranks, folder: Path) -> None:
+    def __init__(
+        self, trainer: Trainer, plan: SitePlan, steps: int, ranks: Ranks, folder: Path
+    ) -> None:
         self._trainer, self._plan, self._ranks = trainer, plan, ranks
+        self.declared = declared(trainer, steps, ranks.count)
         self._static_file = folder / STATIC
         self.manifest: Manifest = ranks.together(lambda: describe(self.model))
         self._base = _base_of(self.model) if ranks.first else None
@@ -83,12 +89,11 @@ class SiteModel:
 
     def planned(self) -> RecordDict:
         """Who takes part, and with what."""
-        rows: Any = self._trainer.train_dataset
         return replies.planned(
             self._plan.client,
             evaluates=self._trainer.eval_dataset is not None,
             manifest=self.manifest,
-            rows=len(rows) if hasattr(rows, "__len__") else 0,
+            declared=self.declared,
             base=self._base,
         )
 

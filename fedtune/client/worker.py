@@ -27,7 +27,8 @@ from fedtune.adapters import (
 from fedtune.adapters.beside import Beside, beside
 from fedtune.adapters.names import has_adapter
 from fedtune.client.client_round import completed, remembers
-from fedtune.client.local import MEMORY, evaluate, evaluate_base, train_round
+from fedtune.client.declared import declared, within
+from fedtune.client.local import MEMORY, evaluate, evaluate_base, steps_of, train_round
 from fedtune.client.memory import ClientMemory
 from fedtune.client.replies import LocalResult, Sent, agree
 from fedtune.client.score import Score
@@ -38,7 +39,7 @@ from fedtune.data.usage import Given, Usage, usage_of
 from fedtune.errors import ConfigError
 from fedtune.strategies.lora.manifests import at_ranks
 from fedtune.strategies.lora.padding import cut, widen
-from fedtune.transport.messages import EvaluateTask, RoundTask
+from fedtune.transport.messages import UNKNOWN, Declared, EvaluateTask, PlanTask, RoundTask
 
 __all__ = ["BuildModel", "BuildTrainer", "Worker"]
 
@@ -71,6 +72,7 @@ class Worker:
     _static: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
     _trainers: dict[str, Trainer] = field(default_factory=dict, init=False, repr=False)
     _rng: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _declared: dict[str, Declared] = field(default_factory=dict, init=False, repr=False)
 
     def fork(self, *, work_dir: Path, train: dict[str, Dataset] | None = None) -> Worker:
         """A worker over the same live model, with Trainers and arguments of its own.
@@ -175,6 +177,15 @@ class Worker:
             self._static = static
             load_static(self.model, static, self._agreed(self.manifest))
 
+    def declare(self, client: str, plan: PlanTask) -> Declared:
+        """What this client can train in a round, as far as that is known without building it."""
+        trainer = self._trainers.get(client)
+        found = Declared(rows=len(self.train[client]))
+        if trainer is not None:
+            found = declared(trainer, steps_of(trainer, plan.steps, plan.epochs))
+        self._declared[client] = found
+        return found
+
     def train_round(self, client: str, task: RoundTask, sent: Sent) -> LocalResult:
         """Train one client's part of a round."""
         trainer = self.trainer(client)
@@ -190,7 +201,8 @@ class Worker:
             state_dir=self.work_dir / client,
         )
         shapes = {name: entry.shape for name, entry in own.entries.items()}
-        return replace(result, params=cut(result.params, shapes))
+        result = replace(result, params=cut(result.params, shapes))
+        return within(result, self._declared.get(client, UNKNOWN))
 
     def base_loss(self) -> float | None:
         """Held-out loss of the base model alone; to be asked before anything is trained."""

@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 
 from fedtune.adapters import Manifest
 from fedtune.adapters.fingerprint import Fingerprint
-from fedtune.errors import RoundError, private
+from fedtune.errors import ManifestError, RoundError, private
 from fedtune.relay.frames import STARTING
 from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
@@ -28,7 +28,7 @@ from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
 from fedtune.strategies.updates import one_line, reason_of
 from fedtune.transport.grid import EagerGrid
-from fedtune.transport.messages import FINISH, PLAN, SETUP, Member, PlanTask, pack
+from fedtune.transport.messages import FINISH, PLAN, SETUP, Declared, Member, PlanTask, pack
 from fedtune.transport.records import config_of
 
 __all__ = ["ClientsHook", "Membership"]
@@ -237,6 +237,11 @@ class Membership:
                 self._refuse(number, node, problem)
                 return
             node.member = Member(number, name, bool(config["evaluates"]))
+            try:
+                node.member = replace(node.member, declared=Declared.of(config))
+            except ManifestError as error:
+                self._refuse(number, node, str(error).rstrip("."))
+                return
             text = str(config["manifest"])
             node.manifest = Manifest.from_json(text) if text else None
             text = str(config.get("base", ""))

@@ -21,6 +21,7 @@ from fedtune.strategies.norms import NORM, TIMES, Record, squared_distance
 from fedtune.strategies.outcome import CUT_FROM, Outcome
 from fedtune.strategies.updates import Refusal, Update, finite_or_none, one_line
 from fedtune.strategies.weights import Scale
+from fedtune.transport.messages import Declared
 
 __all__ = ["Arrived", "Attempt", "StepFailedError"]
 
@@ -84,10 +85,12 @@ class Attempt:
         for ready in self._scale.put(replace(arrived, update=update), weight):
             self._fold(ready)
 
-    def settle(self, history: Sequence[Record]) -> None:
-        """No more will come: those who were asked in vain weigh as in the rounds before."""
+    def settle(self, history: Sequence[Record], declared: Mapping[str, Declared]) -> None:
+        """No more will come: those who were asked in vain weigh as last, or as they declared."""
         absent = set(self._outcome.asked) - set(self._order)
-        for one, most in self._scale.settle(_last_weights(self._method, history, absent)):
+        known = {name: _stats_of(declared[name]) for name in absent if name in declared}
+        known |= _last_stats(history, absent)
+        for one, most in self._scale.settle([self._method.share(one) for one in known.values()]):
             stats, weight = one.update.stats, self._method.share(one.update.stats)
             if weight <= most:
                 self._fold(one)
@@ -176,16 +179,18 @@ class Attempt:
         return self._outcome.server_rate
 
 
-def _last_weights(
-    method: Method, history: Sequence[Record], clients: Collection[str]
-) -> list[float]:
-    """What clients weighed in the last of the finished rounds that took an update of theirs."""
+def _stats_of(most: Declared) -> ClientStats:
+    steps = most.steps
+    return ClientStats(steps * most.rows_per_step, steps * most.tokens_per_step, steps)
+
+
+def _last_stats(history: Sequence[Record], clients: Collection[str]) -> dict[str, ClientStats]:
+    """What clients did in the last of the finished rounds that took an update of theirs."""
     if not clients:
-        return []
-    found = {
+        return {}
+    return {
         reply["client"]: ClientStats(reply["examples"], reply["tokens"], reply["steps"])
         for record in history
         for reply in record.get("replies", ())
         if reply["client"] in clients
     }
-    return [method.share(stats) for stats in found.values()]

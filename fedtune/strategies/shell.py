@@ -185,9 +185,9 @@ class FedStrategy(Strategy):
             started = time.perf_counter()
             try:
                 manifest = member.manifest or self.manifest
-                update = read_update(
-                    message, Expected.of(flight.task, manifest, self.method.has_control)
-                )
+                control = self.method.has_control
+                expected = Expected.of(flight.task, manifest, control, member.declared)
+                update = read_update(message, expected)
                 start, number = flight.views.params(member.manifest), flight.task.round
                 attempt.take(Arrived(name, node, update, start, number, server_round - number))
             except UpdateRefusedError as error:
@@ -203,7 +203,7 @@ class FedStrategy(Strategy):
         else:
             self._give_up()
         started = time.perf_counter()
-        attempt.settle(self.history)
+        attempt.settle(self.history, {one.name: one.declared for one in self.members})
         new = self._step(attempt) if len(outcome.replies) >= self.needed else None
         arrays = to_arrays(new) if new is not None else None
         outcome.aggregate_s += time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from fedtune.adapters import Manifest, check
 from fedtune.errors import ManifestError
 from fedtune.strategies.base import ClientStats
-from fedtune.transport.messages import ARRAYS, CONTROL, RoundTask, arrays_of
+from fedtune.transport.messages import (
+    ARRAYS,
+    CONTROL,
+    MOST_STEPS,
+    UNKNOWN,
+    Declared,
+    RoundTask,
+    arrays_of,
+)
 from fedtune.transport.records import config_of, metrics_of, params_of
 
 __all__ = [
@@ -28,7 +37,7 @@ __all__ = [
 ]
 
 
-MOST_STEPS = 10**7  # of a round that is planned in epochs
+MOST_COUNT = 2**53 - 1
 LARGEST_FIGURE = 1e30
 EXCEPTION = re.compile(r"<class '(?P<type>(?:\w+\.)*(?P<name>\w+))'>:<'(?P<text>.*)'>", re.DOTALL)
 
@@ -77,6 +86,7 @@ class Expected:
         manifest_hash: of the adapter that it trains, of which it may send a part.
         control: whether the change of its control variate comes too.
         most_steps: optimizer steps that it can have taken.
+        declared: what it said before that it can train in a round.
     """
 
     server_round: int
@@ -84,14 +94,32 @@ class Expected:
     manifest_hash: str
     control: bool = False
     most_steps: int = MOST_STEPS
+    declared: Declared = UNKNOWN
 
     @classmethod
-    def of(cls, task: RoundTask, manifest: Manifest, control: bool) -> Expected:
+    def of(
+        cls, task: RoundTask, manifest: Manifest, control: bool, declared: Declared = UNKNOWN
+    ) -> Expected:
         """From what a client was asked: it sends neither what stands still nor what is its own."""
         stays = {*task.frozen, *task.personal}
         sent = {name: entry for name, entry in manifest.entries.items() if name not in stays}
-        steps = task.steps or MOST_STEPS
-        return cls(task.round, replace(manifest, entries=sent), task.manifest, control, steps)
+        steps = declared.steps or task.steps or MOST_STEPS
+        ours = replace(manifest, entries=sent)
+        return cls(task.round, ours, task.manifest, control, steps, declared)
+
+    def stats(self, metrics: Mapping[str, object]) -> ClientStats:
+        """What a client did, no more than it said it could; raises UpdateRefusedError."""
+        steps = _count(metrics, "num-steps", self.most_steps)
+        of, most = f"{steps} steps of at most", self.declared
+        return ClientStats(
+            num_examples=_count(
+                metrics, "num-examples", steps * most.rows_per_step, f"{of} {most.rows_per_step}"
+            ),
+            num_tokens=_count(
+                metrics, "num-tokens", steps * most.tokens_per_step, f"{of} {most.tokens_per_step}"
+            ),
+            num_steps=steps,
+        )
 
 
 def read_update(message: Message, expected: Expected) -> Update:
@@ -117,15 +145,10 @@ def read_update(message: Message, expected: Expected) -> Update:
         control = _control(message, expected)
     except ManifestError as error:
         raise UpdateRefusedError(one_line(str(error))) from None
-    stats = ClientStats(
-        num_examples=_count(metrics.get("num-examples"), "num-examples"),
-        num_tokens=_count(metrics.get("num-tokens"), "num-tokens"),
-        num_steps=_count(metrics.get("num-steps"), "num-steps", expected.most_steps),
-    )
     return Update(
         client=str(config.get("client", message.metadata.src_node_id)),
         params=params,
-        stats=stats,
+        stats=expected.stats(metrics),
         train_loss=plausible(metrics.get("train-loss")),
         train_s=abs(plausible(metrics.get("train-s")) or 0.0),
         control_change=control,
@@ -184,7 +207,12 @@ def reason_of(message: Message) -> str:
     return one_line(match["text"] if known else f"{match['name']}: {match['text']}".rstrip(": "))
 
 
-def _count(value: object, name: str, most: int = 2**53 - 1) -> int:
-    if not isinstance(value, int) or not 0 < value <= most:
-        raise UpdateRefusedError(f"{name}: expected 1 to {most}, received {value!r}")
+def _count(metrics: Mapping[str, object], name: str, most: int, declared: str = "") -> int:
+    """A count in a reply; `most` is 0 where nothing was declared."""
+    value = metrics.get(name)
+    bounded = 0 < most < MOST_COUNT
+    if not isinstance(value, int) or not 0 < value <= (most if bounded else MOST_COUNT):
+        why = f" (declared before: {declared})" if declared and bounded else ""
+        expected = f"expected 1 to {most if bounded else MOST_COUNT}{why}"
+        raise UpdateRefusedError(f"{name}: {expected}, received {value!r}")
     return value

@@ -14,12 +14,13 @@ variate of SCAFFOLD and what the client changes it by; `base`, what has been add
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedtune.adapters import Manifest
+from fedtune.errors import ManifestError
 from fedtune.transport.records import config_of, params_of, to_arrays
 
 __all__ = [
@@ -30,9 +31,13 @@ __all__ = [
     "EVALUATE",
     "FINISH",
     "INITIAL",
+    "MOST_LENGTH",
+    "MOST_STEPS",
     "PLAN",
     "SETUP",
     "TRAIN",
+    "UNKNOWN",
+    "Declared",
     "EvaluateTask",
     "Member",
     "PlanTask",
@@ -47,6 +52,50 @@ ARRAYS, CONTROL, BASE = "arrays", "control", "base"
 DONE = "done"  # why a run is over that went well
 
 
+# What a site can hold at most, whatever it says.
+MOST_ROWS, MOST_STEPS, MOST_LENGTH = 10**10, 10**7, 2**24
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a client says before the first round that it can train in one; 0 where it cannot tell.
+
+    Attributes:
+        rows: that it has.
+        steps: optimizer steps of a round.
+        rows_per_step: at most.
+        tokens_per_step: label tokens, or what stands for them, at most.
+    """
+
+    rows: int = 0
+    steps: int = 0
+    rows_per_step: int = 0
+    tokens_per_step: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, object]) -> Declared:
+        """From the answer to a plan; ManifestError where no site can have so much."""
+        found = cls(**{item.name: _whole(config, item.name) for item in fields(cls)})
+        length = MOST_LENGTH * (found.rows_per_step or MOST_ROWS)
+        most = (MOST_ROWS, MOST_STEPS, MOST_ROWS, length)
+        for (name, value), bound in zip(asdict(found).items(), most, strict=True):
+            if not 0 <= value <= bound:
+                raise ManifestError(
+                    f"{name}: expected 0 to {bound}, received {value}. Lower it at the site."
+                )
+        return found
+
+
+def _whole(config: Mapping[str, object], name: str) -> int:
+    value = config.get(name, 0)
+    if not isinstance(value, int):
+        raise ManifestError(f"{name}: expected a whole number, received {value!r}.")
+    return value
+
+
+UNKNOWN = Declared()
+
+
 @dataclass(frozen=True)
 class Member:
     """A node that takes part.
@@ -54,12 +103,14 @@ class Member:
     Attributes:
         evaluates: whether it can score the global parameters.
         manifest: its adapter, where that differs from the run's: in ranks only.
+        declared: what it can train in a round.
     """
 
     node: int
     name: str
     evaluates: bool = True
     manifest: Manifest | None = None
+    declared: Declared = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -87,6 +138,11 @@ class PlanTask:
     def record(self) -> ConfigRecord:
         """As a config record."""
         return ConfigRecord(asdict(self))
+
+    @classmethod
+    def of(cls, content: RecordDict) -> PlanTask:
+        """From the config record of a message."""
+        return cls(**dict(config_of(content)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

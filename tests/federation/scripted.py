@@ -53,12 +53,14 @@ class Script:
         set_up_as: name that every client gives itself at set-up; by default its own.
         evaluated: first value of `b` at each evaluation.
         eval_loss: eval loss of the global parameters.
+        declared: what a client says at `plan` that it can train.
         scores: what else a client says of them.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     eval_loss: Callable[[dict[str, Tensor]], float] = lambda params: 1.0
     scores: Callable[[str], dict[str, float]] = lambda client: {}
+    declared: dict[str, dict[str, int]] = field(default_factory=dict)
     initial: Callable[[], dict[str, Tensor]] = first_params
     set_up_as: str | None = None
     tasks: list[tuple[str, RoundTask]] = field(default_factory=list)
@@ -77,6 +79,7 @@ class Script:
                 "client": self.set_up_as or name_of(context),
                 "evaluates": name_of(context) == "client-0",
                 "manifest": MANIFEST.to_json(),
+                **self.declared.get(name_of(context), {}),
             }
             return Message(pack(config=config), reply_to=message)
 

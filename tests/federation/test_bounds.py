@@ -365,3 +365,45 @@ def test_fednova_goes_no_further_than_a_client_may() -> None:
     for record in state.history[1:]:
         assert record["update_norm"] == pytest.approx(10 * 3.0)
         assert record["server_rate"] == pytest.approx(10.0)
+
+
+SAID = {"rows": 90, "steps": 4, "rows_per_step": 3, "tokens_per_step": 30}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"num_tokens": 121}, "num-tokens: expected 1 to 120 (declared before: 4 steps of at most"),
+        ({"num_examples": 13}, "num-examples: expected 1 to 12 (declared before: 4 steps of at mo"),
+        ({"num_steps": 5}, "num-steps: expected 1 to 4, received 5"),
+        ({"num_steps": 2, "num_tokens": 61}, "num-tokens: expected 1 to 60 (declared before: 2"),
+    ],
+)
+def test_more_than_was_declared_is_refused(given: dict[str, int], why: str) -> None:
+    script = Script({"client-1": lambda c, t: counted(c, **{"num_examples": 6, **given})})
+    script.declared = {"client-1": SAID}
+    state = run(script, num_rounds=1)
+    ((who, reason),) = refused(state)[0]
+    assert who == "client-1"
+    assert reason.startswith(why)
+    assert reason.endswith(f"received {[*given.values()][-1]}")
+
+
+def test_what_was_declared_is_accepted_also_where_a_site_has_a_budget_of_its_own() -> None:
+    full: Answer = lambda c, t: counted(c, num_tokens=180, num_examples=18, num_steps=6)  # noqa: E731
+    script = Script({"client-1": full})
+    script.declared = {"client-1": {**SAID, "steps": 6}}  # the server plans 4
+    assert refused(run(script, num_rounds=1)) == [[]]
+
+
+def test_who_has_never_answered_counts_as_declared() -> None:
+    """client-2 says 4 steps of 200 tokens: with it, client-1's 800 are no more than half."""
+
+    def down(content: RecordDict, task: RoundTask) -> RecordDict:
+        raise RuntimeError("down")
+
+    script = sites(3, lambda task: 3.0, client_1=heavy(800), client_2=down)
+    script.declared = {"client-2": {"steps": 4, "rows_per_step": 9, "tokens_per_step": 200}}
+    assert not any("weight" in row for row in run(script, num_rounds=1).history[1]["replies"])
+    script.declared = {}
+    assert run(script, num_rounds=1).history[1]["replies"][1]["weight"] == 100

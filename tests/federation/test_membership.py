@@ -58,6 +58,7 @@ class Deployment(Script):
                     "client": name,
                     "evaluates": True,
                     "manifest": self.manifests.get(name, MANIFEST).to_json(),
+                    **self.declared.get(name, {}),
                 }
                 return Message(pack(config=config), reply_to=message)
             if kind == "query.finish":
@@ -391,3 +392,21 @@ def test_another_rank_or_scaling_is_refused(method: Method, alpha: float, expect
     assert "client-1: " in error
     assert expected in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("declared", "problem"),
+    [
+        ({"rows": 10**11}, "rows: expected 0 to 10000000000, received 100000000000"),
+        ({"steps": -1}, "steps: expected 0 to 10000000, received -1"),
+        ({"rows_per_step": 2, "tokens_per_step": 2**26}, "tokens_per_step: expected 0 to 33554432"),
+        ({"steps": 1.5}, "steps: expected a whole number, received 1.5"),
+    ],
+)
+def test_a_site_that_says_it_can_do_what_none_can_is_refused(
+    declared: dict[str, int], problem: str
+) -> None:
+    sites = Deployment(declared={"client-1": declared})
+    run = deployed(2, num_rounds=1)
+    with pytest.raises(RoundError, match=f"client-1: {problem}"):
+        result_of(serve(run, sites))

@@ -110,6 +110,12 @@ def test_ranges(flag, values):
     ("text", "expected"),
     [
         ("--steps_per_round 5 --epochs_per_round 1", "both set"),
+        ("--max_client_weight 0", "--max_client_weight: expected a share > 0 and <= 1, received 0"),
+        ("--max_client_weight 1.5", "a share > 0 and <= 1, received 1.5"),
+        ("--max_client_weight nan", "a share > 0 and <= 1, received nan"),
+        ("--max_update_norm 0", "--max_update_norm: expected a number > 0, received 0"),
+        ("--max_update_norm inf", "a number > 0, received inf"),
+        ("--update_check drop", "update_check"),
         ("--min_replies 4", "at most 3, the clients asked"),
         ("--num_clients 10 --fraction_train 0.2 --min_replies 3", "at most 2"),
         ("--min_replies 0", "received '0'"),

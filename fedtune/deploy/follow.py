@@ -46,7 +46,7 @@ def follow(
     """
     shown, asked, pause_s = "", time.monotonic(), ALIVE_S
     known: set[str] = set()
-    doubts = 0
+    doubts, cut = 0, False
     waiting = Waiting(start_timeout_s)
     with Progress(num_rounds, "rounds") as progress:
         if earlier := len(_rounds(directory)):  # of a run that is resumed
@@ -59,6 +59,7 @@ def follow(
                 waiting.news()
             for record in rounds[progress.done :]:
                 _show_trouble(record)
+                cut = _show_cut(record, cut)
                 progress.advance(1, **_facts(record))
             if state.get("state") == "done":
                 return
@@ -139,6 +140,22 @@ def _show_trouble(record: dict[str, Any]) -> None:
         print(f"{where}: attempt {number} failed: {failure['reason']}", flush=True)
     for refusal in record["refused"]:
         print(f"{where}: refused {refusal['client']} ({refusal['reason']})", flush=True)
+
+
+def _show_cut(record: dict[str, Any], told: bool) -> bool:
+    """Print, once in a run, whose weight was cut; returns whether that is told by now."""
+    if told:
+        return True
+    for reply in record["replies"]:
+        if "weight_cut_from" in reply:
+            print(
+                f"round {record['round']}: the weight of {reply['client']} is cut from "
+                f"{reply['weight_cut_from']:.0f} to {reply['weight']:.0f} (--max_client_weight); "
+                "rounds.jsonl says of others",
+                flush=True,
+            )
+            return True
+    return False
 
 
 def _facts(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ the like refuse to go on in a resumed run. Server memory: clients x parameters.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ class StockFold:
         first = self._updates[0][0]
         start = {name: self._now.reference[name] for name in first if name in self._now.reference}
         replies = [self._reply(*update) for update in sorted(self._updates, key=_fingerprint)]
+        before = copy.deepcopy(vars(strategy))
         try:
             # No grid: with a share of 0 it only notes the arrays.
             strategy.configure_train(number, to_arrays(start), ConfigRecord(), None)  # type: ignore[arg-type]
@@ -119,7 +121,10 @@ class StockFold:
                     f"{self._where}: `{name}`: expected {_shape_of(first, name)}, received {got}. "
                     "Use a method of fedtune."
                 )
-        return {name: found[name].to(tensor.dtype) for name, tensor in first.items()}
+        result = {name: found[name].to(tensor.dtype) for name, tensor in first.items()}
+        if not all(bool(torch.isfinite(value).all()) for value in result.values()):
+            vars(strategy).update(before)  # the attempt fails, and may be made again
+        return result
 
     @property
     def _where(self) -> str:

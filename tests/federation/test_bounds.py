@@ -20,6 +20,7 @@ from fedtune.strategies import FedAvg, build_method
 from fedtune.strategies.base import Method
 from fedtune.strategies.bounds import Bounds
 from fedtune.strategies.krum import Krum
+from fedtune.strategies.stock import Stock
 from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import params_of, to_arrays
 from tests.federation.scripted import Answer, Script, counted, number_of, replaced, serve
@@ -272,6 +273,17 @@ def test_a_step_that_is_not_finite_is_a_failed_attempt(tmp_path: Path) -> None:
     state = store.load()
     assert state is not None
     assert (state.round, state.method_state) == (0, {}) if state.history else True
+
+
+def test_a_strategy_of_flower_forgets_an_attempt_that_failed() -> None:
+    """Its momentum, too, would be in the way of every later attempt."""
+    method = build_method(
+        "flwr:FedAvgM", weight_by="tokens", settings={"server_learning_rate": 1e39}
+    )
+    with pytest.raises(RoundError, match="the server's step is not finite"):
+        run(sites(3, lambda task: 3.0), method=method, num_rounds=1)
+    assert isinstance(method, Stock)
+    assert getattr(method.strategy, "momentum_vector", "") is None
 
 
 # Weights.

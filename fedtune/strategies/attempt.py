@@ -90,7 +90,8 @@ class Attempt:
         absent = set(self._outcome.asked) - set(self._order)
         known = {name: _stats_of(declared[name]) for name in absent if name in declared}
         known |= _last_stats(history, absent)
-        for one, most in self._scale.settle([self._method.share(one) for one in known.values()]):
+        shares = [self._method.share(stats) for stats in known.values()]
+        for one, most in self._scale.settle([share for share in shares if share]):
             stats, weight = one.update.stats, self._method.share(one.update.stats)
             if weight <= most:
                 self._fold(one)

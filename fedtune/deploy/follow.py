@@ -44,7 +44,7 @@ def follow(
         NotStarted: the ServerApp has not said a word for too long; it may still come.
         RoundError: the run failed, or its ServerApp is gone.
     """
-    shown, asked, pause_s = "", time.monotonic(), ALIVE_S
+    shown, base, asked, pause_s = "", "", time.monotonic(), ALIVE_S
     known: set[str] = set()
     doubts, cut = 0, False
     waiting = Waiting(start_timeout_s)
@@ -55,6 +55,7 @@ def follow(
             state = _read(directory / FEDERATION, since)
             rounds = _rounds(directory) if state else []
             before, shown = shown, _show_sites(state, shown, known)
+            base = _show_base(state, base)
             if shown != before or len(rounds) > progress.done:
                 waiting.news()
             for record in rounds[progress.done :]:
@@ -131,6 +132,15 @@ def _show_sites(state: dict[str, Any], shown: str, known: set[str]) -> str:
         print(line, flush=True)
         return line
     return shown
+
+
+def _show_base(state: dict[str, Any], shown: str) -> str:
+    """Print once which base model the adapter is for: `export --merge` loads what it names."""
+    if shown or not state.get("base_model"):
+        return shown
+    name = json.dumps(state["base_model"])[:200]  # from a site: nothing in it moves the cursor
+    print(f"base model: {name}, as the site that the run starts from calls it", flush=True)
+    return name
 
 
 def _show_trouble(record: dict[str, Any]) -> None:

@@ -126,7 +126,8 @@ def _hook(
         store.on_round(state, record)
         trackers.log(record["round"], round_scalars(record))
         print(_line(record), flush=True)  # for `fedtune logs`
-        journal.write(state="running", round=state.round)
+        base = state.manifest.adapter_config.get("base_model_name_or_path")
+        journal.write(state="running", round=state.round, base_model=base)
         if stop.exists():
             stop.unlink()
             if state.round == num_rounds:

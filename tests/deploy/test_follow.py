@@ -51,3 +51,15 @@ def test_an_end_without_a_word_is_told_with_what_is_known(
         follow(tmp_path, 3, lambda: killed, since=0.0)
     with pytest.raises(RoundError, match="before it had started without a word"):
         follow(tmp_path, 3, lambda: killed, since=time.time() + 60)
+
+
+def test_the_base_model_is_said_once_and_cannot_write_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"state": "done", "clients": [], "base_model": "some/base\x1b[2J", "time": time.time()}
+    write_json(tmp_path / FEDERATION, facts)
+    follow(tmp_path, 3, lambda: None, since=0.0)
+    said = [line for line in capsys.readouterr().out.splitlines() if "base model" in line]
+    assert said == [
+        'base model: "some/base\\u001b[2J", as the site that the run starts from calls it'
+    ]

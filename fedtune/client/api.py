@@ -2,6 +2,8 @@
 
 fedtune.init()
 while (update := fedtune.receive()) is not None:
+    if update.is_final:
+        break
     params, rows = train(update.params)
     fedtune.send(params, num_examples=rows)
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flwr.app import RecordDict
@@ -37,18 +39,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GlobalUpdate:
-    """The global parameters at the start of a round.
+    """The global parameters at the start of a round, or at the end of the run.
 
     Attributes:
         params: tensors on the CPU by canonical name.
-        round: 1 to `num_rounds`.
+        round: 1 to `num_rounds`; of the final ones the last round of the run.
         config: the server's task: steps, epochs, seed and so on.
+        is_final: whether these are the run's result; they need no `send`.
     """
 
     params: dict[str, Tensor]
     round: int
     num_rounds: int
     config: dict[str, Any]
+    is_final: bool = False
 
 
 def init(params: Mapping[str, Tensor] | None = None) -> None:
@@ -83,7 +87,7 @@ def init(params: Mapping[str, Tensor] | None = None) -> None:
 
 
 def is_running() -> bool:
-    """Whether there is, or will be, a round to receive.
+    """Whether there is, or will be, something to receive: a round, or the run's result.
 
     After `init` this waits for the server when it is its turn. Before it, and without
     `fedtune join`, it says at once whether there is a run.
@@ -97,7 +101,7 @@ def is_running() -> bool:
 
 
 def receive() -> GlobalUpdate | None:
-    """Wait for the next round; None when the run is over.
+    """Wait for the next round; after the last one the final parameters, once, then None.
 
     Raises:
         ConfigError: before `init`.
@@ -114,7 +118,7 @@ def send(
     num_examples: int,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Answer the round that was received.
+    """Answer the round that was received; what answers the final parameters is dropped.
 
     Args:
         params: the updated tensors: names, shapes and dtypes as received.
@@ -145,10 +149,15 @@ class _Client:
         self._next: Request | None = None  # a round that is known, but was not received yet
         self._round: Request | None = None  # received, but not answered yet
         self._started = 0.0
+        self._task = RoundTask(
+            plan.run, 0, plan.num_rounds, 1, "", plan.steps, plan.epochs, plan.carry, plan.seed
+        )
+        self._final: GlobalUpdate | None = None  # the run's result, not received yet
+        self._has_final = False  # it was received
         self._reason = ""
 
     def look(self) -> bool:
-        """Whether a round is at hand; waits for the server's next word if need be."""
+        """Whether a round or the result is at hand; waits for the server's word if need be."""
         while not (self._round or self._next or self._reason):
             request = self.session.next(self._plan.idle_timeout_s)
             try:
@@ -160,7 +169,7 @@ class _Client:
                     self.session.close()
                     raise
                 log.error("%s: %s", request.kind, error)
-        return not self._reason
+        return not self._reason or self._final is not None
 
     def receive(self) -> GlobalUpdate | None:
         if self._round is not None:
@@ -172,16 +181,22 @@ class _Client:
             if self._reason.startswith("failed"):
                 raise RoundError(f"run {self._plan.run}: {self._reason}.")
             return None
+        if self._final is not None:
+            final, self._final, self._has_final = self._final, None, True
+            return final
         self._round, self._next = self._next, None
         assert self._round is not None
         content = self._round.content
-        task = RoundTask.of(content)
+        task = self._task = RoundTask.of(content)
         self._started = time.perf_counter()
         self.session.say("training", round=task.round)
         config = dict(config_of(content))
         return GlobalUpdate(messages.arrays_of(content), task.round, task.num_rounds, config)
 
     def send(self, params: dict[str, Tensor], num_examples: int, metrics: dict[str, float]) -> None:
+        if self._has_final:
+            log.warning("fedtune: the run is over (%s), so nothing is sent.", self._reason)
+            return
         if self._round is None:
             raise RoundError("send: expected a received round, received none. Call receive first.")
         task = RoundTask.of(self._round.content)
@@ -234,8 +249,20 @@ class _Client:
                 return None
             case messages.FINISH:
                 self._reason = str(config_of(content).get("reason", messages.DONE))
+                if not self._reason.startswith("failed"):
+                    self._final = self._result(content)
                 return replies.finished(client)
         raise RoundError(f"{client}: expected a round, received {request.kind!r}.")
+
+    def _result(self, content: RecordDict) -> GlobalUpdate | None:
+        """What came with the server's last word; nothing, if no round was finished."""
+        params = messages.arrays_of(content)
+        if not params:
+            return None
+        check(params, self._manifest or _manifest_of(params))
+        number = int(config_of(content)["round"])  # type: ignore[arg-type]
+        config = {**asdict(self._task), "round": number}
+        return GlobalUpdate(params, number, self._plan.num_rounds, config, is_final=True)
 
     def _hold_to_plan(self, task: RoundTask) -> None:
         """The site's limits were held against the plan; no round may ask for more."""

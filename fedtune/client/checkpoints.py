@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from fedtune.files import read_json, write_json
 
-__all__ = ["Mark", "find_checkpoint", "mark_checkpoint"]
+__all__ = ["Mark", "another", "find_checkpoint", "mark_checkpoint"]
 
 MARK = "fedtune_state.json"
 
@@ -52,6 +54,25 @@ def find_checkpoint(output_dir: Path, mark: Mark) -> Path | None:
         if _run_of(read) == _run_of(mark):
             found.append((read.step % read.steps_per_round == 0, read.step, path.parent))
     return max(found)[2] if found else None
+
+
+def another(asked: str | bool | None, ours: str | None, output_dir: str | None) -> str:
+    """What a script is told that asks for a checkpoint other than the newest of this run.
+
+    Args:
+        asked: as `Trainer.train` takes it; True stands for the last one in `output_dir`.
+    """
+    if asked is True:
+        there = output_dir and Path(output_dir).is_dir()
+        last = get_last_checkpoint(output_dir) if there else None  # type: ignore[no-untyped-call]
+        asked = last or False
+    if not asked or (ours and Path(str(asked)).absolute() == Path(ours).absolute()):
+        return ""
+    begins = f"goes on from {ours}" if ours else "begins with fresh moments"
+    return (
+        f"{asked} is not its newest checkpoint, so that it {begins}; weights come from the server. "
+        "To continue an earlier run: fedtune submit --init_adapter."
+    )
 
 
 def _run_of(mark: Mark) -> tuple[str, str, int, int]:

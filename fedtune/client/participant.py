@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from fedtune.client import replies
-from fedtune.client.checkpoints import Mark, find_checkpoint, mark_checkpoint
+from fedtune.client.checkpoints import Mark, another, find_checkpoint, mark_checkpoint
 from fedtune.client.conversation import Conversation
 from fedtune.client.failing import ended_by, told
 from fedtune.client.live_round import LiveRound
@@ -98,7 +98,9 @@ class Participant:
             self._at_site = SiteModel(
                 self.trainer, self.plan, self.steps, self._ranks, self._folder
             )
-            ours = self._find_checkpoint() if resume in (None, False) else None
+            ours = self._find_checkpoint()
+            if words := another(resume, ours, self.trainer.args.output_dir):
+                log.warning("fedtune: run %s: %s", self.plan.run, words)
             span = self.steps if self._options.restart_lr else None
             with (
                 self._round.counter,
@@ -107,7 +109,7 @@ class Participant:
                 schedule(self.trainer, span),
                 weightless(self.trainer, ours),
             ):
-                output = train(ours or resume, *args, **kw)
+                output = train(ours, *args, **kw)
         except BaseException as error:
             if not self._round.number:  # it has trained none
                 note_refusal(self._run_folder, error)

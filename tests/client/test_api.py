@@ -29,15 +29,27 @@ def _fresh() -> Iterator[None]:
         api._client = None
 
 
+def _ended() -> bool:
+    """Whether the run's result comes next, once."""
+    final = fedtune.receive()
+    return final is not None and final.is_final and fedtune.receive() is None
+
+
 def test_a_loop_of_ones_own(run: RunFolder) -> None:
     with Server(run, lambda server: server.whole_run(evaluate=False)) as server:
         fedtune.init(FIRST)
         seen = []
         while (update := fedtune.receive()) is not None:
-            seen.append((update.round, update.num_rounds, update.config["steps"]))
+            seen.append((update.round, update.num_rounds, update.config["steps"], update.is_final))
+            if update.is_final:
+                result = update
+                continue
+            keys = update.config.keys()
             params = {name: value + 1 for name, value in update.params.items()}
             fedtune.send(params, num_examples=5, metrics={"num_tokens": 50, "train_loss": 0.5})
-    assert seen == [(1, 3, 4), (2, 3, 4), (3, 3, 4)]
+    assert seen == [*((number, 3, 4, False) for number in (1, 2, 3)), (3, 3, 4, True)]
+    assert result.config.keys() == keys
+    assert all(torch.equal(result.params[name], value + 3) for name, value in FIRST.items())
     assert not fedtune.is_running()
     assert fedtune.receive() is None
     metrics = trained(server.updates[-1])
@@ -46,7 +58,9 @@ def test_a_loop_of_ones_own(run: RunFolder) -> None:
     ]  # fmt: skip
 
 
-def test_a_loop_that_asks_whether_it_goes_on(run: RunFolder) -> None:
+def test_a_loop_that_asks_whether_it_goes_on(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     assert fedtune.is_running()
     rounds = 0
     with Server(run, lambda server: server.whole_run(evaluate=False)):
@@ -54,10 +68,11 @@ def test_a_loop_that_asks_whether_it_goes_on(run: RunFolder) -> None:
         while fedtune.is_running():
             update = fedtune.receive()
             assert update is not None
-            assert fedtune.is_running()
-            fedtune.send(update.params, num_examples=1)
+            assert fedtune.is_running() != update.is_final
+            fedtune.send(update.params, num_examples=1)  # dropped at the end, and said
             rounds += 1
-    assert rounds == 3
+    assert rounds == 4
+    assert "the run is over (done), so nothing is sent" in caplog.text
 
 
 def test_first_parameters_may_share_memory(run: RunFolder) -> None:
@@ -77,7 +92,7 @@ def test_first_parameters_may_share_memory(run: RunFolder) -> None:
 
     with Server(run, script):
         fedtune.init(first)
-        assert fedtune.receive() is None
+        assert _ended()
     assert said == [name]
     assert (run.path / "transport" / f"version-{name}.safetensors").is_file()
 
@@ -98,7 +113,7 @@ def test_without_first_parameters_others_give_them(run: RunFolder) -> None:
         update = fedtune.receive()
         assert update is not None
         fedtune.send(update.params, num_examples=1)
-        assert fedtune.receive() is None
+        assert _ended()
     assert "--init_adapter" in errors[0]
     assert "expected a round" in errors[1]
 
@@ -159,7 +174,7 @@ def test_methods_that_need_a_trainer_are_refused(run: RunFolder, given: dict[str
         update = fedtune.receive()
         assert update is not None
         fedtune.send(update.params, num_examples=1)
-        assert fedtune.receive() is None
+        assert _ended()
     assert errors[0].startswith("receive: expected a method that needs nothing but parameters")
     assert "Use fedtune.patch" in errors[0]
     assert "\n" not in errors[0]

@@ -151,20 +151,23 @@ def test_checkpoints_of_other_trainings_do_not_count(run: RunFolder, tmp_path: P
     assert len(list(tmp_path.glob(f"*/{MARK}"))) == 3
 
 
-def test_a_checkpoint_named_by_the_script_is_used(run: RunFolder, tmp_path: Path) -> None:
-    plain = train(small_trainer(tmp_path, save_strategy="steps", save_steps=4))
+@pytest.mark.parametrize("asked", ["checkpoint-4", True])
+def test_a_checkpoint_of_another_training_is_not_resumed(
+    asked: str | bool, run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script that takes up its last checkpoint, in a run that did not make it."""
+    given = {"save_strategy": "steps", "save_steps": 4}
+    train(small_trainer(tmp_path, **given))
     trainer = fedtune.patch(small_trainer(tmp_path))
-
-    def script(server: Server) -> None:
-        params = server.begin()
-        server.finish(server.train(3, server.train(2, params)), 3)
-
-    with Server(run, script):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with Server(run):
+        trainer.train(
+            resume_from_checkpoint=str(tmp_path / asked) if isinstance(asked, str) else asked
+        )
     fedtune.unpatch(trainer)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[:4] == pytest.approx([row[1] for row in plain.losses[:4]])  # from its state
-    assert len(losses) == 12
+    steps = [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert steps == [*range(1, 13)]
+    assert "begins with fresh moments" in caplog.text
+    assert "--init_adapter" in caplog.text
 
 
 def test_which_checkpoint_is_chosen(tmp_path: Path) -> None:

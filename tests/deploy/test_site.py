@@ -554,7 +554,6 @@ def test_a_full_disk_ends_join_with_its_path(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/fedtune-x/plan.json")
 
-    monkeypatch.setattr(module, "_await_superlink", lambda *_: None)
     monkeypatch.setattr(module, "_take_part", full)
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)

@@ -101,7 +101,7 @@ def test_the_server_is_killed_and_a_resumed_run_ends_as_if_it_were_not(
     note("serverapp: submit ends", time.monotonic() - when)
     said = "the server ended in round 2 without a word (the server's process was killed by SIGKILL"
     assert said in run.submit.printed
-    assert "Continue with --resume." in run.submit.printed
+    assert "Continue with --resume, or begin again" in run.submit.printed
     run.adapter()
 
     run.resume()

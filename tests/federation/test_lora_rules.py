@@ -184,7 +184,7 @@ def forgotten_terms(patch: pytest.MonkeyPatch) -> None:
 
 def absent_terms(patch: pytest.MonkeyPatch) -> None:
     """The server knows them, the live model does not."""
-    patch.setattr(params, "set_base_terms", lambda model, terms: None)
+    patch.setattr(params, "set_base_terms", lambda *_: None)
 
 
 def without_terms(patch: pytest.MonkeyPatch) -> None:

@@ -112,15 +112,7 @@ class Connection:
     def show(self, *words: str | Path) -> None:
         """Run `flwr WORDS` and print what it prints; raises DeployError as `flwr` does."""
         self.probe()
-        command = self._command(*words)
-        with subprocess.Popen(
-            command,
-            env=self.env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=die_with_parent,
-        ) as process:
+        with self._start(self._command(*words)) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             for line in process.stdout:
@@ -139,15 +131,7 @@ class Connection:
             TimeoutExpired: after `COMMAND_S`.
         """
         command = self._command(*words)
-        with subprocess.Popen(
-            command,
-            env=self.env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=0,
-            preexec_fn=die_with_parent,
-        ) as process:
+        with self._start(command, process_group=0) as process:
             began = time.monotonic()
             try:
                 while True:
@@ -162,6 +146,18 @@ class Connection:
             except BaseException:
                 process.kill()
                 raise
+
+    def _start(self, command: list[str], process_group: int | None = None) -> subprocess.Popen[str]:
+        """Start it with its output in pipes; it ends with this process."""
+        return subprocess.Popen(
+            command,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=process_group,
+            preexec_fn=die_with_parent,
+        )
 
     def _command(self, *words: str | Path) -> list[str]:
         return [flower_program("flwr"), *(os.fspath(word) for word in words)]

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.deployment.parts import Deployment
+from tests.deployment.parts import Deployment, placed
 from tests.deployment.runs import Sites
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Deployment]:
-    with (
-        tempfile.TemporaryDirectory(prefix="kills-") as directory,
-        tempfile.TemporaryDirectory(prefix="ft-") as temporary,
-    ):
-        deployment = Deployment(Path(directory), Path(temporary), tls=True)
+    with placed("kills-", tls=True) as deployment:
         try:
             deployment.up()
             yield deployment
         finally:
             remaining = deployment.close()
         assert remaining == []
-        assert list(Path(temporary).iterdir()) == []
+        assert list(Path(deployment.env["TMPDIR"]).iterdir()) == []
 
 
 @pytest.fixture(scope="module")

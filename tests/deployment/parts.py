@@ -8,8 +8,9 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,16 @@ class Deployment:
 
     def _tls(self, role: str) -> list[Any]:
         return ["--tls", self.directory / "certs" / role] if self.tls else []
+
+
+@contextlib.contextmanager
+def placed(prefix: str, *, tls: bool) -> Iterator[Deployment]:
+    """A deployment in temporary directories of its own; whoever asks for it closes it."""
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix) as directory,
+        tempfile.TemporaryDirectory(prefix="ft-") as temporary,
+    ):
+        yield Deployment(Path(directory), Path(temporary), tls=tls)
 
 
 def kill(process: psutil.Process) -> float:

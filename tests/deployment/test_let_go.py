@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.deployment.parts import Deployment, Program, kill, serverapp
+from tests.deployment.parts import Deployment, Program, kill, placed, serverapp
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +18,7 @@ GONE = "over before its first round here (it has ended at the server); the scrip
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Deployment]:
-    with (
-        tempfile.TemporaryDirectory(prefix="let-go-") as directory,
-        tempfile.TemporaryDirectory(prefix="ft-") as temporary,
-    ):
-        deployment = Deployment(Path(directory), Path(temporary), tls=False)
+    with placed("let-go-", tls=False) as deployment:
         try:
             deployment.up()
             yield deployment

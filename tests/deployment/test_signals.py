@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pytest
 from fedtune.files import read_json
 from fedtune.lock import holder
 from tests.deploy.test_site import RUN, SCRIPT, Join, Joins, join, short_path, superlink
-from tests.deployment.parts import Deployment, Program
+from tests.deployment.parts import Deployment, Program, placed
 
 __all__ = ["join", "short_path", "superlink"]
 
@@ -153,11 +152,7 @@ def test_join(join: Joins, short_path: Path, superlink: str, stage: str, sent: s
 @pytest.fixture
 def alone() -> Iterator[Deployment]:
     """A deployment with its own temporary directory."""
-    with (
-        tempfile.TemporaryDirectory(prefix="signals-") as directory,
-        tempfile.TemporaryDirectory(prefix="ft-") as temporary,
-    ):
-        deployment = Deployment(Path(directory), Path(temporary), tls=False)
+    with placed("signals-", tls=False) as deployment:
         try:
             yield deployment
         finally:
@@ -202,17 +197,13 @@ def test_up(alone: Deployment, stage: str, sent: str) -> None:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Deployment]:
-    with (
-        tempfile.TemporaryDirectory(prefix="signals-") as directory,
-        tempfile.TemporaryDirectory(prefix="ft-") as temporary,
-    ):
-        deployment = Deployment(Path(directory), Path(temporary), tls=False)
+    with placed("signals-", tls=False) as deployment:
         try:
             deployment.up()
             yield deployment
         finally:
             assert deployment.close() == []
-        assert list(Path(temporary).iterdir()) == []
+        assert list(Path(deployment.env["TMPDIR"]).iterdir()) == []
 
 
 @pytest.fixture(scope="module")

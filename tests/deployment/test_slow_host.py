@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.deployment.parts import Deployment
+from tests.deployment.parts import Deployment, placed
 
 LOOPS = 4
 SLOW_S = 45.0  # Flower's patience is 30 s
@@ -34,12 +33,8 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Loaded]:
-    with (
-        tempfile.TemporaryDirectory(prefix="slow-") as directory,
-        tempfile.TemporaryDirectory(prefix="ft-") as temporary,
-    ):
-        made = Deployment(Path(directory), Path(temporary), tls=False)
-        starts = Path(directory) / "starts"
+    with placed("slow-", tls=False) as made:
+        starts = made.directory / "starts"
         made.env |= {
             "PYTHONPATH": str(Path(__file__).with_name("slow_start")),
             "FEDTUNE_TEST_STARTS": str(starts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from fedtune.report import text
@@ -57,11 +58,11 @@ class View:
 
 
 def render(view: View, *, width: int = 100) -> str:
-    """The view, in lines of at most `width` characters."""
+    """The view, in lines of at most `width` characters: sentences wrapped, rows cut."""
     lines = [f"superlink {view.superlink}   {_nodes(view.nodes)}"]
-    lines += [*view.clocks[:SHOWN_NAMES], "", *_runs(view)]
+    lines += [*_sentences(view.clocks[:SHOWN_NAMES], width), "", *_runs(view)]
     if view.shown is not None:
-        lines += ["", *_run(view, view.shown)]
+        lines += ["", *_run(view, view.shown, width)]
     return "\n".join(_cut(line, width) for line in lines)
 
 
@@ -85,16 +86,17 @@ def _runs(view: View) -> list[str]:
     return [*lines, f"  and {hidden} older"] if hidden > 0 else lines
 
 
-def _run(view: View, run: RunState) -> list[str]:
-    lines = [f"run {run.id}: {run.status}{f' - {run.details}' if run.details else ''}"]
+def _run(view: View, run: RunState, width: int) -> list[str]:
+    told = [f"run {run.id}: {run.status}{f' - {run.details}' if run.details else ''}"]
     if run.output_dir is None:
-        return [*lines, "its rounds can be seen by who submitted it, on the machine of the submit"]
+        told.append("its rounds can be seen by who submitted it, on the machine of the submit")
+        return _sentences(told, width)
     if error := view.federation.get("error"):
-        lines.append(f"ended: {error}")
+        told.append(f"ended: {error}")
     elif run.is_active and (state := view.federation.get("state")):
-        lines.append(f"server: {state}")
-    lines += _progress(view)
-    lines += _clients(view)
+        told.append(f"server: {state}")
+    lines = [*_sentences(told, width), *_progress(view)]
+    lines += _clients(view, width)
     lines += _rounds(view.rounds)
     return lines
 
@@ -117,7 +119,7 @@ def _progress(view: View) -> list[str]:
     return [line, f"sent up {text.megabytes(up)} MB, down {text.megabytes(down)} MB"]
 
 
-def _clients(view: View) -> list[str]:
+def _clients(view: View, width: int) -> list[str]:
     """Who is there, how far, and in which round the server last took an update."""
     clients = [row for row in _list(view.federation.get("clients")) if isinstance(row, Mapping)]
     if not clients:
@@ -128,16 +130,17 @@ def _clients(view: View) -> list[str]:
         for reply in _list(row.get("replies"))
         if isinstance(reply, Mapping)
     }
-    rows = [("client", "last update", "state")]
+    rows, problems = [("client", "last update", "state")], []
     for row in clients[:SHOWN_NAMES]:
-        problem = f": {row['problem']}" if row.get("problem") else ""
-        number = taken.get(row.get("client"))
+        name, number = str(row.get("client")), taken.get(row.get("client"))
         last = text.DASH if number is None else f"round {number}"
-        rows.append((str(row.get("client")), last, f"{row.get('state', text.DASH)}{problem}"))
+        rows.append((name, last, str(row.get("state", text.DASH))))
+        if row.get("problem"):
+            problems.append(f"{name}: {row['problem']}")
     lines = ["", *_table(rows, right=())]
     if len(clients) > SHOWN_NAMES:
         lines.append(f"  and {len(clients) - SHOWN_NAMES} more")
-    return lines
+    return [*lines, *_sentences(problems, width)]
 
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -207,8 +210,17 @@ def _list(value: object) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else ()
 
 
+def _sentences(lines: Sequence[str], width: int) -> list[str]:
+    """Whole: a reason often stands at the end, and what to do after it."""
+    return [
+        part for line in lines for part in wrap(_printable(line), width, subsequent_indent="  ")
+    ]
+
+
 def _cut(line: str, width: int) -> str:
-    printable = "".join(letter if letter.isprintable() else "?" for letter in line)
-    return (
-        printable if len(printable) <= width else printable[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    )
+    line = _printable(line)
+    return line if len(line) <= width else line[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _printable(line: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

@@ -54,7 +54,8 @@ sent up 10.0 MB, down 15.3 MB
 
 client      last update  state
 a           round 2      ready
-hospital-c  \N{EN DASH}            refused: another adapter
+hospital-c  \N{EN DASH}            refused
+hospital-c: another adapter
 
 round  train loss  eval loss        replies  MB up  MB down     s
     0           \N{EN DASH}      3.000              \N{EN DASH}   0.00     5.10  12.0
@@ -125,3 +126,10 @@ def test_lines_fit_the_terminal_and_do_not_steer_it():
     text = render(replace(VIEW, shown=evil), width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert "\x1b" not in text
+
+
+def test_a_sentence_is_wrapped_not_cut():
+    clock = "site clinic at 127.0.0.1: its clock is 2 h ahead; not let in until it is set"
+    text = render(replace(VIEW, shown=RUN, clocks=[clock]), width=40)
+    assert " ".join(text.split()).count(clock) == 1
+    assert max(map(len, text.splitlines())) <= 40

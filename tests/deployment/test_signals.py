@@ -243,9 +243,9 @@ def held_by(directory: Path, submit: Program) -> bool:
     return holder(directory) == submit.process.pid
 
 
-@cells("submit", ("starting", "waiting for sites", "in rounds"))
+@cells("submit", ("starting", "waiting for sites", "in rounds", "at the end"))
 def test_submit(served: Deployment, request: pytest.FixtureRequest, stage: str, sent: str) -> None:
-    if stage == "in rounds":
+    if stage in ("in rounds", "at the end"):
         request.getfixturevalue("site").sees("joined")
     directory = served.directory / f"{stage}-{sent}".replace(" ", "-")
     before = set(Path(served.env["TMPDIR"]).iterdir())
@@ -255,6 +255,7 @@ def test_submit(served: Deployment, request: pytest.FixtureRequest, stage: str, 
         "starting": lambda: listens(submit.process.pid),
         "waiting for sites": lambda: state(directory).get("state") == "waiting for sites",
         "in rounds": lambda: state(directory).get("round", 0) >= 1,
+        "at the end": lambda: state(directory).get("state") == "done",
     }
     served.until(ready[stage])
     number = send(submit.process.pid, sent)
@@ -274,7 +275,37 @@ def test_submit(served: Deployment, request: pytest.FixtureRequest, stage: str, 
         begun = ("interrupted before the run began", f"interrupted by {number.name}")
         assert row.line.startswith(begun)
         assert holder(directory) is None
-    assert status == 128 + number
+    assert status == 128 + number or (stage == "at the end" and status == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["waiting for sites", "in rounds", "in rounds --now"])
+def test_stop(served: Deployment, request: pytest.FixtureRequest, stage: str) -> None:
+    waits = stage == "waiting for sites"
+    joined = None if waits else request.getfixturevalue("site")
+    directory = served.directory / f"stop-{stage}".replace(" ", "-")
+    before = set(Path(served.env["TMPDIR"]).iterdir())
+    submit = served.submit(directory.name, *(NOBODY if waits else LONG))
+    wanted = (lambda: state(directory)) if waits else (lambda: state(directory).get("round"))
+    served.until(wanted)
+    stop(served, *(["--now"] if stage.endswith("--now") else []))
+    status = submit.wait(120)
+    served.until(lambda: holder(directory) is None, 60)
+    left = ended(served, submit, directory, before)
+    row = noted(
+        "submit",
+        stage.removesuffix(" --now"),
+        f"fedtune stop{stage[9:]}" if not waits else "fedtune stop",
+        status,
+        submit.printed,
+        left,
+    )
+    assert row.left == "nothing"
+    assert status == 1
+    assert "stopped" in row.line
+    assert "Traceback" not in submit.printed
+    if joined is not None and not stage.endswith("--now"):
+        joined.sees("waiting for the next run")
 
 
 def settled(family: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:

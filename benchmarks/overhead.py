@@ -176,8 +176,8 @@ def fold_peak_mb(clients: int) -> float:
     from flwr.app import ConfigRecord, Message
     from flwr.clientapp import ClientApp
 
+    from fedtune._flower.task_message import task_identity
     from fedtune.adapters import Entry, Manifest
-    from fedtune.engines._compat import task_identity
     from fedtune.engines.inline import InlineGrid
     from fedtune.strategies import FedAvg
     from fedtune.strategies.shell import FedStrategy

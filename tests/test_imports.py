@@ -1,6 +1,9 @@
 """Imports point one way, and only the shell knows Flower. Read from the source, nothing runs."""
 
 import ast
+from collections import defaultdict
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 LEVELS = (
     {"errors"},
+    {"_flower"},
     {
         "assets",
         "config",
@@ -26,18 +30,18 @@ LEVELS = (
     },
     {"output", "ranges", "settings", "data", "report", "doctor"},
     {"adapters"},
-    {"strategies", "streaming", "transport"},
+    {"strategies", "transport"},
     {"checks"},
     {"relay"},
     {"client", "server"},
     {"compare"},
-    {"deploy", "engines"},
+    {"deploy"},
+    {"engines"},
 )
 TOP = len(LEVELS)  # launch, cli and what they are made of
 
 MAY_IMPORT_FLOWER = (
     "strategies/shell.py",
-    "strategies/stock.py",
     "strategies/updates.py",
     "strategies/scoring.py",
     "strategies/views.py",
@@ -47,13 +51,13 @@ MAY_IMPORT_FLOWER = (
     "client/",
     "relay/",
     "engines/",
-    "deploy/node.py",
+    "_flower/",
 )
-PRIVATE_FLOWER = "engines/_compat/"
+PRIVATE_FLOWER = "_flower/"
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 # What lists arms, curves and rows needs neither models nor Flower.
 LIGHT = ("report", "data")
-TOO_HEAVY = {"adapters", "strategies", "transport", "streaming", "client", "server", "engines"}
+TOO_HEAVY = {"_flower", "adapters", "strategies", "transport", "client", "server", "engines"}
 
 
 def name(path):
@@ -66,8 +70,13 @@ def unit(module):
     return parts[1] if len(parts) > 1 else ""
 
 
+@cache
 def imports(path):
     """Absolute names of all imported modules, those inside functions too."""
+    return list(_imports(path))
+
+
+def _imports(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -82,11 +91,30 @@ def level(part):
     return next((i for i, row in enumerate(LEVELS) if part in row), TOP)
 
 
+def room_of(module):
+    """The folder or file right under the package; `fedtune` itself is the one of public names."""
+    return unit(module) if unit(module) in ROOMS else "__init__"
+
+
+def circle(edges):
+    """The rooms that import one another, or None."""
+    graph = defaultdict(set)
+    for importing, imported in edges:
+        if importing != imported:
+            graph[importing].add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
 def owner(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 assert len(FILES) > 20, "the package moved"
+ROOMS = {owner(path) for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -95,6 +123,28 @@ def test_imports_point_one_way(path):
     for module in imports(path):
         if module.split(".")[0] == "fedtune" and unit(module):
             assert level(unit(module)) <= level(here), f"{name(path)} imports {module}"
+
+
+def test_no_circle_between_rooms():
+    edges = [
+        (owner(path), room_of(module))
+        for path in FILES
+        for module in imports(path)
+        if module.startswith("fedtune.")
+    ]
+    assert len(edges) > len(FILES)
+    assert circle(edges) is None
+
+
+def test_a_circle_is_found():
+    edges = [("deploy", "errors"), ("engines", "deploy"), ("deploy", "relay"), ("relay", "engines")]
+    assert set(circle(edges)) == {"deploy", "engines", "relay"}
+    assert circle(edges[:-1]) is None
+
+
+def test_every_room_has_its_level():
+    named = set().union(*LEVELS)
+    assert named <= ROOMS
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from fedtune.engines._compat import build_app, hash_app
+from fedtune._flower.app_bundle import build_app, hash_app
 
 __all__ = ["APP", "app_hash"]
 

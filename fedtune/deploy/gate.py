@@ -81,9 +81,10 @@ def main() -> None:
     """Run `flower-superlink` behind the gate."""
     import uvicorn
 
+    from fedtune._flower.fleet import known_nodes
+    from fedtune._flower.superexec import launch_runs_once
     from fedtune.deploy.listening import protocol
     from fedtune.deploy.opening import Opening
-    from fedtune.engines._compat import known_nodes, launch_runs_once
 
     launch_runs_once()
     serve: Callable[..., None] = uvicorn.run

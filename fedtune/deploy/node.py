@@ -18,18 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedtune._flower.app_bundle import hash_app
+from fedtune._flower.run_watch import RunWatch
+from fedtune._flower.supernode import NodeOptions, run_supernode, run_untested_supernode
+from fedtune._flower.version import TESTED, flower_version, is_tested
 from fedtune.deploy.bundle import APP, app_hash
 from fedtune.deploy.parent import die_with_parent
-from fedtune.engines._compat import (
-    TESTED,
-    NodeOptions,
-    RunWatch,
-    flower_version,
-    hash_app,
-    is_tested,
-    run_supernode,
-    run_untested_supernode,
-)
 from fedtune.errors import ConfigError, FedtuneError, SiteError
 from fedtune.relay.folder import Over, RunFolder
 from fedtune.relay.site import ENVIRONMENT, SiteFolder

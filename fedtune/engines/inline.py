@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedtune.engines._compat import client_failed, set_message_id, task_identity
+from fedtune._flower.task_message import client_failed, set_message_id, task_identity
 from fedtune.transport.grid_base import GridBase
 
 __all__ = ["InlineGrid", "run_inline"]

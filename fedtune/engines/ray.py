@@ -8,9 +8,9 @@ from pathlib import Path
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from fedtune._flower.simulation import run_simulation
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
-from fedtune.engines._compat import run_simulation
 
 __all__ = ["run_ray"]
 

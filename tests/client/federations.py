@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 from transformers import Trainer
 
 import fedtune
-from fedtune.engines._compat import task_identity
+from fedtune._flower.task_message import task_identity
 from fedtune.engines.inline import InlineGrid
 from fedtune.errors import RoundError
 from fedtune.relay.folder import ENVIRONMENT, RunFolder

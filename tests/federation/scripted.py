@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedtune._flower.task_message import task_identity
 from fedtune.adapters import Entry, Manifest
-from fedtune.engines._compat import task_identity
 from fedtune.engines.inline import InlineGrid
 from fedtune.server.app import ServerRun, server_app
 from fedtune.transport.messages import RoundTask, pack

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from fedtune._flower.task_message import task_identity
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.config import (
@@ -23,7 +24,6 @@ from fedtune.config import (
     RunArguments,
     TransportArguments,
 )
-from fedtune.engines._compat import task_identity
 from fedtune.engines.inline import InlineGrid, run_inline
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState

@@ -11,11 +11,11 @@ import pytest
 from flwr.app import Message
 from torch import Tensor
 
+from fedtune._flower.task_message import task_identity
 from fedtune.client.app import client_app
 from fedtune.client.replies import LocalResult, Sent
 from fedtune.client.round_files import RoundFiles
 from fedtune.client.worker import Worker
-from fedtune.engines._compat import task_identity
 from fedtune.server.app import server_app
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.store import RunStore

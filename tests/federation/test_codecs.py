@@ -11,9 +11,9 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
+from fedtune._flower.task_message import task_identity
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
-from fedtune.engines._compat import task_identity
 from fedtune.engines.delayed import DelayedGrid
 from fedtune.engines.inline import InlineGrid, run_inline
 from fedtune.server.app import server_app

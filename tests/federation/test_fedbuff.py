@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedtune._flower.task_message import task_identity
 from fedtune.client.app import client_app
-from fedtune.engines._compat import task_identity
 from fedtune.engines.delayed import DelayedGrid
 from fedtune.errors import ConfigError
 from fedtune.server.app import server_app

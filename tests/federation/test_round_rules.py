@@ -13,8 +13,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from fedtune._flower.task_message import client_failed
 from fedtune.adapters import load_exported
-from fedtune.engines._compat import client_failed
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import load_latest
 from fedtune.server.store import RunStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedtune.engines._compat import task_identity
+from fedtune._flower.task_message import task_identity
 
 PLAN = {
     "run": "7",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedtune.engines._compat import task_identity
+from fedtune._flower.task_message import task_identity
 from fedtune.errors import FrameError
 from fedtune.transport.packed_grid import PackedGrid
 from fedtune.transport.packing import pack_arrays, packed, unpack_arrays

@@ -1,6 +1,6 @@
 """The server of a run."""
 
-from fedtune.engines._compat import hasten_server
+from fedtune._flower.objects import hasten_server
 from fedtune.server.deployed import app
 
 __all__ = ["app"]

@@ -17,12 +17,13 @@ import psutil
 import pytest
 from flwr.proto.runtime_pb2 import AcquireTaskResponse
 
+from fedtune._flower.app_bundle import build_app, hash_app
+from fedtune._flower.executor import Executor
+from fedtune._flower.journal import Journal
+from fedtune._flower.run_watch import RunWatch
+from fedtune._flower.supernode import Clock, Patience
+from fedtune._flower.version import is_tested
 from fedtune.deploy.bundle import APP, app_hash
-from fedtune.engines._compat import build_app, hash_app, is_tested
-from fedtune.engines._compat.executor import Executor
-from fedtune.engines._compat.journal import Journal
-from fedtune.engines._compat.run_watch import RunWatch
-from fedtune.engines._compat.supernode import Clock, Patience
 from fedtune.errors import SiteError
 
 
@@ -136,7 +137,7 @@ def test_a_journal_outlives_its_writer(tmp_path):
 
 def test_patience_grows_with_the_wait(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("fedtune.engines._compat.supernode.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fedtune._flower.supernode.time.monotonic", lambda: now[0])
     patience = Patience(0.05, 1.0)
     assert patience.pause() == 0.05
     now[0] = 10.0

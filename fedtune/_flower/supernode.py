@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 from flwr.clientapp import ClientApp
 
-from fedtune.engines._compat.executor import RING, Executor
-from fedtune.engines._compat.objects import hasten_objects
-from fedtune.engines._compat.predecessor import report_predecessor
-from fedtune.engines._compat.run_watch import RunWatch, watch_runs
+from fedtune._flower.executor import RING, Executor
+from fedtune._flower.objects import hasten_objects
+from fedtune._flower.predecessor import report_predecessor
+from fedtune._flower.run_watch import RunWatch, watch_runs
 
 __all__ = ["NodeOptions", "Patience", "run_supernode", "run_untested_supernode"]
 

@@ -23,7 +23,7 @@ PATIENCE_S = 60.0  # Flower's processes start in 2 s on an idle core, in far mor
 NODE = """
 from pathlib import Path
 from fedtune.deploy.node import run_node
-from fedtune.engines._compat import NodeOptions
+from fedtune._flower.supernode import NodeOptions
 options = NodeOptions({superlink!r}, None, None, Path({folder!r}))
 run_node(options, app=Path({echo!r}), client="echo_app.client:app", **{more!r})
 """

@@ -14,7 +14,7 @@ from flwr.supercore.primitives.asymmetric import (
     sign_message,
 )
 
-from fedtune.engines._compat import known_nodes
+from fedtune._flower.fleet import known_nodes
 
 
 class Links:

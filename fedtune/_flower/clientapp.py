@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from flwr.clientapp import ClientApp
 
-from fedtune.engines._compat.journal import Journal
+from fedtune._flower.journal import Journal
 
 __all__ = ["Task", "run_task"]
 

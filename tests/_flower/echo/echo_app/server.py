@@ -8,7 +8,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
 
-from fedtune.engines._compat import hasten_server
+from fedtune._flower.objects import hasten_server
 from fedtune.transport.packed_grid import PackedGrid
 
 app = ServerApp()

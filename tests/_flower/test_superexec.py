@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.engines._compat import superexec
-from fedtune.engines._compat.superexec import Care
+from fedtune._flower import superexec
+from fedtune._flower.superexec import Care
 
 BEAT_S = 0.05
 

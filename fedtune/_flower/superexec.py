@@ -5,7 +5,7 @@ a ServerApp gives its first one after its imports. So on a slow host the same ru
 and again beside itself. Here the process that has claimed the task gives the signs of life, from
 the start of the ServerApp to its end, and tells an end that the ServerApp did not tell itself.
 
-    python -P -m fedtune.engines._compat.superexec [flower-superexec's arguments]
+    python -P -m fedtune._flower.superexec [flower-superexec's arguments]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fedtune.engines._compat.version import flower_version, is_tested
+from fedtune._flower.version import flower_version, is_tested
 
 __all__ = ["BEAT_S", "Care", "launch_runs_once", "main"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from types import ModuleType
 
-from fedtune.engines._compat.version import flower_version, is_tested
+from fedtune._flower.version import flower_version, is_tested
 
 __all__ = ["hasten_objects", "hasten_server"]
 

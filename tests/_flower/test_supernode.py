@@ -8,11 +8,11 @@ import sys
 import psutil
 import pytest
 
+from fedtune._flower.executor import ATTEMPTS
+from fedtune._flower.version import TESTED
 from fedtune.deploy import parent
 from fedtune.deploy.bundle import app_hash
-from fedtune.engines._compat import TESTED
-from fedtune.engines._compat.executor import ATTEMPTS
-from tests.engines.federations import ECHO, Federation, family, kill, lives, until
+from tests._flower.federations import ECHO, Federation, family, kill, lives, until
 
 
 @pytest.fixture(scope="module")

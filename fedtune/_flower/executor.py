@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 from flwr.clientapp import ClientApp
 
-from fedtune.engines._compat.clientapp import Task, run_task
-from fedtune.engines._compat.journal import Journal
+from fedtune._flower.clientapp import Task, run_task
+from fedtune._flower.journal import Journal
 from fedtune.errors import SiteError
 
 __all__ = ["ATTEMPTS", "Executor"]

@@ -10,7 +10,7 @@ import pytest
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.run import RunNotRunningException
 
-from fedtune.engines._compat.run_watch import ASK_S, RunWatch, watch_runs
+from fedtune._flower.run_watch import ASK_S, RunWatch, watch_runs
 
 
 def refusal(status: int, code: int) -> httpx.HTTPStatusError:

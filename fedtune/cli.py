@@ -178,8 +178,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _summaries(given: Sequence[Path]) -> list[Summary]:
     """Of the runs in these directories; a killed one is told first."""
     from fedtune.compare.outcome import settle
-    from fedtune.report.series import load_summary
     from fedtune.report.several import run_directories
+    from fedtune.results.summary import load_summary
 
     for directory in given:
         settle(directory)

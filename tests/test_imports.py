@@ -28,7 +28,7 @@ LEVELS = (
         "proxies",
         "signals",
     },
-    {"output", "ranges", "settings", "data", "report", "doctor"},
+    {"output", "ranges", "results", "settings", "data", "report", "doctor"},
     {"adapters"},
     {"strategies", "transport"},
     {"checks"},

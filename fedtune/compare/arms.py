@@ -20,10 +20,10 @@ from fedtune.client.worker import Worker
 from fedtune.compare.own_rows import OwnRows
 from fedtune.compare.plain import PlainRun, run_plain
 from fedtune.compare.schedule import steps_to_see
-from fedtune.compare.series import SeriesDict, mean_series, of_history
 from fedtune.compare.verdict import first_difference
 from fedtune.config import Arguments, sampled_clients
 from fedtune.report.progress import Progress
+from fedtune.results.series import Series
 from fedtune.server.checkpoint import ServerState
 
 __all__ = ["ArmInput", "FederatedRun", "run_arm"]
@@ -92,10 +92,10 @@ def _pooled(given: ArmInput, name: str, *, batch_factor: int) -> dict[str, Any]:
     start = given.built.params
     run = _train(given, name, trainer, start, max_steps=steps, marks=marks, mark_by="samples")
     _export(given, name, run.params)
-    series = of_history(run.history)
-    apart = abs(series["samples"][-1] - marks[-1])
+    seen = int(run.history[-1].samples or 0)
+    apart = abs(seen - marks[-1])
     return {
-        **series,
+        **Series.of_rounds(run.history).to_json(),
         "equal_samples": apart == 0 or apart < run.last_rows,
         "own": given.own.scores(run.params) if given.own else {},
     }
@@ -105,7 +105,7 @@ def _local(given: ArmInput) -> dict[str, Any]:
     worker = _quiet_worker(given, "local")
     rounds = len(given.history) - 1
     clients: list[dict[str, Any]] = []
-    series: list[SeriesDict] = []
+    series: list[Series] = []
     own: dict[str, float | None] = {}
     best: tuple[float, PlainRun] | None = None
     for client, rows in worker.train.items():
@@ -115,24 +115,24 @@ def _local(given: ArmInput) -> dict[str, Any]:
         start = worker.at_rank_of(client, given.built.params)
         label, last = f"local {client}", marks[-1]
         run = _train(given, label, trainer, start, max_steps=last, marks=marks, mark_by="steps")
-        series.append(of_history(run.history))
-        clients.append({"client": client, **series[-1]})
+        series.append(Series.of_rounds(run.history))
+        clients.append({"client": client, **series[-1].to_json()})
         if given.own is not None:
             own[client] = given.own.score(client, run.params)
-        loss = run.history[-1]["eval_loss"]  # None when this client diverged
-        final = math.inf if loss is None else float(loss)
+        loss = run.history[-1].eval_loss  # None when this client diverged
+        final = math.inf if loss is None else loss
         if best is None or final < best[0]:
             best = (final, run)
     if best is not None:
         _export(given, "local", best[1].params)
-    return {**mean_series(series), "clients": clients, "own": own}
+    return {**Series.mean(series).to_json(), "clients": clients, "own": own}
 
 
 def _fixed_global(given: ArmInput) -> dict[str, Any]:
     worker = _quiet_worker(given, "fixed_global")
     state = given.federate(worker, "fixed_global", given.built, "fixed global")
     _export(given, "fixed_global", state.params)
-    return of_history(state.history)
+    return Series.of_history(state.history).to_json()
 
 
 def _parity(given: ArmInput) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _parity(given: ArmInput) -> dict[str, Any]:
     if step is None and not equal:
         step = steps
     _export(given, "parity", state.params)
-    series = of_history(state.history)
+    series = Series.of_history(state.history).to_json()
     return {**series, "identical": step is None, "first_diff_step": step, "rounds": rounds}
 
 

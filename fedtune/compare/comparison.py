@@ -11,12 +11,11 @@ from fedtune.files import read_json, write_json
 from fedtune.lists import split_names
 from fedtune.report.formats import records, render_runs
 from fedtune.report.plots import draw_compare, drawn
-from fedtune.report.records import Summary
-from fedtune.report.series import load_summary
 from fedtune.report.several import STRATEGIES, folder_of, run_directories
 from fedtune.report.several_html import write_comparison_page
 from fedtune.report.side_by_side import run_rows
 from fedtune.report.unlike import notes
+from fedtune.results.summary import SUMMARY, Ending, Summary, load_summary
 
 __all__ = ["strategies_of", "table_of", "write_comparison"]
 
@@ -27,21 +26,18 @@ def strategies_of(facts: Facts) -> list[str]:
     return names if len(names) > 1 else []
 
 
-def write_comparison(directory: Path, facts: Facts, head: dict[str, Any]) -> None:
-    """Write summary.json, report.html and loss.png over the strategies that began.
-
-    `head` is how the whole ended: `status`, and `reason` where it did not complete.
-    """
+def write_comparison(directory: Path, facts: Facts, ending: Ending) -> None:
+    """Write summary.json, report.html and loss.png over the strategies that began."""
     summaries, remarks = _begun(directory), []
     first = {}
     if summaries:
         remarks = notes(summaries)
-        first = read_json(summaries[0].directory / "summary.json")["arms"]
+        first = read_json(summaries[0].directory / SUMMARY)["arms"]
     by_name = {summary.directory.name: summary for summary in summaries}
     write_json(
-        directory / "summary.json",
+        directory / SUMMARY,
         {
-            **head,
+            **ending.to_json(),
             "strategies": [
                 _ended(name, by_name.get(folder_of(name))) for name in strategies_of(facts)
             ],
@@ -50,17 +46,10 @@ def write_comparison(directory: Path, facts: Facts, head: dict[str, Any]) -> Non
             "arms": {name: arm for name, arm in first.items() if name != "federated"},
             "runs": records(run_rows(summaries)) if summaries else [],
             "notes": [note._asdict() for note in remarks],
-            "data": {
-                **facts.identity.get("data", {}),
-                "clients": facts.clients,
-                "files": facts.files,
-            },
-            "model": facts.identity.get("model", {}),
-            "config": facts.config,
-            "versions": facts.versions,
+            **facts.given,
         },
     )
-    write_comparison_page(directory, summaries, remarks, head)
+    write_comparison_page(directory, summaries, remarks, ending)
     if summaries:
         drawn(partial(draw_compare, notes=remarks), summaries, directory / "loss.png")
 
@@ -74,7 +63,7 @@ def table_of(directory: Path) -> str:
 
 
 def _begun(directory: Path) -> list[Summary]:
-    found = [run for run in run_directories([directory]) if (run / "summary.json").is_file()]
+    found = [run for run in run_directories([directory]) if (run / SUMMARY).is_file()]
     return [load_summary(run) for run in found if run != directory]
 
 
@@ -82,6 +71,6 @@ def _ended(name: str, summary: Summary | None) -> dict[str, Any]:
     if summary is None:
         return {"strategy": name, "status": "not run"}
     told = {"strategy": name, "directory": f"{STRATEGIES}/{folder_of(name)}"}
+    reason = summary.ending.reason
     told |= {"status": summary.status}
-    reason = summary.extra.get("reason")
     return told if reason is None else {**told, "reason": reason}

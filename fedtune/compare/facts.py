@@ -57,6 +57,17 @@ class Facts:
         """Settings of the transport."""
         return TransportArguments(**_known(TransportArguments, self.config["transport"]))
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What a run was given, under the keys of its summary."""
+        who = {"clients": self.clients, "files": self.files}
+        return {
+            "data": {**self.identity.get("data", {}), **who},
+            "model": self.identity.get("model", {}),
+            "config": self.config,
+            "versions": self.versions,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """As `run.json` holds them."""
         return asdict(self)

@@ -10,26 +10,27 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from fedtune.compare.comparison import strategies_of, table_of, write_comparison
-from fedtune.compare.directory import attempts_of, history_of, result_of
+from fedtune.compare.directory import history_of, refused_in, result_of
 from fedtune.compare.facts import Facts
 from fedtune.compare.summary import build_summary
 from fedtune.errors import FedtuneError
 from fedtune.files import read_json, write_json
 from fedtune.lock import holder
 from fedtune.output import forget_ending
-from fedtune.report import comparison_table, load_summary, verdict_lines, write_report
+from fedtune.report import comparison_table, verdict_lines, write_report
 from fedtune.report.plots import draw_loss, drawn
 from fedtune.report.several import run_directories
 from fedtune.report.verdict import headline
+from fedtune.results.summary import SUMMARY, Ending, Summary, load_summary
 from fedtune.server.submission import FEDERATION
 from fedtune.signals import held, interrupted_by
 
-__all__ = ["COMPLETED", "Outcome", "leaving", "settle", "way_on", "write_outcome"]
+__all__ = ["COMPLETED", "leaving", "settle", "way_on", "write_outcome"]
 
 ON = "Continue with --resume, or begin again with --overwrite."
 ADAPTERS = ("adapter", "model", "best")
@@ -37,31 +38,18 @@ ADAPTERS = ("adapter", "model", "best")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        status: completed, failed, interrupted or killed.
-        reason: in words, where it did not complete.
-    """
-
-    status: str
-    reason: str | None = None
-
-    @classmethod
-    def of(cls, error: BaseException) -> Self:
-        """Of a run that leaves with this error."""
-        name = interrupted_by(error)
-        if name is not None:
-            return cls("interrupted", f"interrupted by {name}")
-        words = " ".join(str(error).split())
-        if isinstance(error, FedtuneError):
-            return cls("failed", words)
-        return cls("failed", f"{type(error).__name__}: {words}" if words else type(error).__name__)
+COMPLETED = Ending()
 
 
-COMPLETED = Outcome("completed")
+def ending_of(error: BaseException) -> Ending:
+    """The ending of a run that leaves with this error."""
+    name = interrupted_by(error)
+    if name is not None:
+        return Ending("interrupted", f"interrupted by {name}")
+    words = " ".join(str(error).split())
+    if isinstance(error, FedtuneError):
+        return Ending("failed", words)
+    return Ending("failed", f"{type(error).__name__}: {words}" if words else type(error).__name__)
 
 
 @contextmanager
@@ -72,14 +60,14 @@ def leaving(directory: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         try:
-            write_outcome(directory, Outcome.of(error))
+            write_outcome(directory, ending_of(error))
         except Exception as lost:  # what ends the run is the news, not that it cannot be told
             log.warning("%s: no report could be written: %s", directory, lost)
         raise
     write_outcome(directory, COMPLETED)
 
 
-def write_outcome(directory: Path, outcome: Outcome) -> None:
+def write_outcome(directory: Path, ending: Ending) -> None:
     """Write summary, report and picture of the run in `directory`, of all its seeds or its only.
 
     Only the picture may be interrupted, and the run does not depend on it.
@@ -89,10 +77,10 @@ def write_outcome(directory: Path, outcome: Outcome) -> None:
         raise FedtuneError(f"{directory}: expected a run.json that says what was run, found none.")
     if strategies_of(facts):
         with held():
-            write_comparison(directory, facts, _head(outcome))
+            write_comparison(directory, facts, ending)
         return
     with held():
-        write_json(directory / "summary.json", _summary(directory, facts, outcome))
+        write_json(directory / SUMMARY, _summary(directory, facts, ending).to_json())
         write_report(directory)
     drawn(draw_loss, load_summary(directory), directory / "loss.png")
 
@@ -106,7 +94,7 @@ def settle(directory: Path) -> None:
         FedtuneError: the run is still going on.
     """
     facts = Facts.read(directory)
-    if facts is None or (directory / "summary.json").is_file():
+    if facts is None or (directory / SUMMARY).is_file():
         return
     pid = holder(directory)
     if pid is not None:
@@ -117,7 +105,7 @@ def settle(directory: Path) -> None:
     if strategies_of(facts):
         for run in run_directories([directory]):
             settle(run)
-    write_outcome(directory, _told(directory) or Outcome("killed", "killed"))
+    write_outcome(directory, _told(directory) or Ending("killed", "killed"))
 
 
 def way_on(directory: Path) -> tuple[bool, list[str]]:
@@ -125,7 +113,7 @@ def way_on(directory: Path) -> tuple[bool, list[str]]:
     report = f"report: {directory / 'report.html'}"
     facts = Facts.read(directory)
     if facts is not None and strategies_of(facts):
-        well = read_json(directory / "summary.json")["status"] == COMPLETED.status
+        well = read_json(directory / SUMMARY)["status"] == COMPLETED.status
         on = [] if well else [ON]
         return well, [table_of(directory), report, *on]
     summary = load_summary(directory)
@@ -139,7 +127,7 @@ def way_on(directory: Path) -> tuple[bool, list[str]]:
     return False, [*lines, ON]
 
 
-def _told(directory: Path) -> Outcome | None:
+def _told(directory: Path) -> Ending | None:
     """What the server of a deployment said last."""
     try:
         told = read_json(directory / FEDERATION)
@@ -148,48 +136,35 @@ def _told(directory: Path) -> Outcome | None:
     if told.get("state") == "done":
         return COMPLETED
     status = {"failed": "failed", "stopped": "interrupted"}.get(told.get("state"))
-    return Outcome(status, str(told.get("error"))) if status else None
+    return Ending(status, str(told.get("error"))) if status else None
 
 
-def _head(outcome: Outcome) -> dict[str, Any]:
-    told = {"status": outcome.status}
-    return {**told, "reason": outcome.reason} if outcome.reason else told
-
-
-def _summary(directory: Path, facts: Facts, outcome: Outcome) -> dict[str, Any]:
-    head = _head(outcome)
+def _summary(directory: Path, facts: Facts, ending: Ending) -> Summary:
     if len(facts.seeds) > 1:
-        runs = [_of_seed(directory, seed) for seed in facts.seeds]
-        head["runs"] = runs
-        results, over = _results(directory, facts, runs)
-        head["means_over_seeds"] = over
+        endings = {seed: _of_seed(directory, seed) for seed in facts.seeds}
+        results, over = _results(directory, facts, endings)
         _copy_adapters(directory, over)
-    else:
-        if outcome != COMPLETED:
-            head |= _where(directory, facts)
-        result = result_of(directory, facts.arms)
-        results = [result] if "federated" in result else []
-    return {**head, **build_summary(facts, results)}
+        return build_summary(facts, results, ending=ending, endings=endings, over=over)
+    if ending != COMPLETED:
+        ending = _located(ending, directory, facts)
+    result = result_of(directory, facts.arms)
+    return build_summary(facts, [result] if "federated" in result else [], ending=ending)
 
 
-def _of_seed(directory: Path, seed: int) -> dict[str, Any]:
+def _of_seed(directory: Path, seed: int) -> Ending:
     """How one of several seeds ended."""
-    path = directory / "seeds" / str(seed) / "summary.json"
-    if not path.is_file():
-        return {"seed": seed, "status": "not run"}
-    told = read_json(path)
-    kept = ("status", "reason", "where", "refused")
-    return {"seed": seed, **{name: told[name] for name in kept if name in told}}
+    path = directory / "seeds" / str(seed) / SUMMARY
+    return Ending.from_json(read_json(path)) if path.is_file() else Ending("not run")
 
 
 def _results(
-    directory: Path, facts: Facts, runs: Sequence[Mapping[str, Any]]
+    directory: Path, facts: Facts, endings: Mapping[int, Ending]
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Results of the completed seeds, and which those are.
 
     Without one, the federated series of all that began, as far as all of them came.
     """
-    over = [run["seed"] for run in runs if run["status"] == "completed"]
+    over = [seed for seed, ending in endings.items() if ending == COMPLETED]
     if over:
         return [result_of(directory / "seeds" / str(seed), facts.arms) for seed in over], over
     begun = {seed: result_of(directory / "seeds" / str(seed), ()) for seed in facts.seeds}
@@ -203,22 +178,17 @@ def _cut(arm: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {name: values[:length] for name, values in arm.items() if isinstance(values, list)}
 
 
-def _where(directory: Path, facts: Facts) -> dict[str, Any]:
-    """Where in the run it ended, and who was refused in the round that did not come about."""
+def _located(ending: Ending, directory: Path, facts: Facts) -> Ending:
+    """With where in the run it was, and who was refused in a round that did not come about."""
     done, rounds = len(history_of(directory)) - 1, facts.federation.num_rounds
     if done < 0:
-        return {"where": "before round 1"}
+        return replace(ending, where="before round 1")
     if done < rounds:
-        refused = [
-            {"round": attempt["round"], "attempt": attempt["attempt"], **refusal}
-            for attempt in attempts_of(directory)
-            if attempt["round"] == done + 1
-            for refusal in attempt["refused"]
-        ]
-        return {"where": f"in round {done + 1} of {rounds}", "refused": refused}
+        where, refused = f"in round {done + 1} of {rounds}", refused_in(directory, done + 1)
+        return replace(ending, where=where, refused=refused)
     finished = result_of(directory, facts.arms)
     arm = next((arm for arm in facts.arms if arm not in finished), None)
-    return {"where": f"in the arm {arm}" if arm else "after the last round"}
+    return replace(ending, where=f"in the arm {arm}" if arm else "after the last round")
 
 
 def _copy_adapters(directory: Path, seeds: Sequence[int]) -> None:

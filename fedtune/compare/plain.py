@@ -16,6 +16,7 @@ from fedtune.client.local import evaluate, model_of, quality_metrics
 from fedtune.client.per_token import PerToken
 from fedtune.client.replies import Sent
 from fedtune.client.undisturbed import get_rng, set_rng
+from fedtune.results.round_record import RoundRecord
 from fedtune.strategies.updates import finite_or_none
 
 __all__ = ["PlainRun", "run_plain"]
@@ -29,7 +30,7 @@ class PlainRun:
         last_rows: rows of the last optimizer step.
     """
 
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[RoundRecord] = field(default_factory=list)
     params: dict[str, Tensor] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
     last_rows: int = 0
@@ -154,14 +155,14 @@ def _record(
     counter: BatchCounter,
     train_loss: float | None,
     seconds: float,
-) -> dict[str, Any]:
+) -> RoundRecord:
     quality = quality_metrics(metrics)
-    return {
-        "round": number,
-        "eval_loss": finite_or_none(quality.pop("eval_loss")),
-        "eval_metrics": {name: finite_or_none(value) for name, value in quality.items()},
-        "train_loss": finite_or_none(train_loss),
-        "samples": counter.examples,
-        "tokens": counter.tokens,
-        "wall_s": round(seconds, 4),
-    }
+    return RoundRecord(
+        round=number,
+        eval_loss=finite_or_none(quality.pop("eval_loss")),
+        eval_metrics={name: finite_or_none(value) for name, value in quality.items()},
+        train_loss=finite_or_none(train_loss),
+        samples=counter.examples,
+        tokens=counter.tokens,
+        wall_s=round(seconds, 4),
+    )

@@ -6,20 +6,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedtune.compare.series import SeriesDict
+from fedtune.results.series import Series
+from fedtune.results.verdict import OwnGain, OwnRow, Parity, Spread, Verdict
 
 __all__ = ["first_difference", "own_gain", "spread", "verdict"]
 
 
+# Of two losses, None where one is not known.
+Percent = Callable[[float | None, float | None], float | None]
+
+
 def verdict(
-    arms: Mapping[str, Sequence[SeriesDict]],
+    arms: Mapping[str, Sequence[Series]],
     *,
-    parity: dict[str, Any] | None,
+    parity: Parity | None,
     full_bytes: int,
     time_split: Mapping[str, float],
     equal_samples: Mapping[str, bool] | None = None,
-    own: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    own: OwnGain | None = None,
+) -> Verdict:
     """Rows over seeds. `arms` maps an arm to one series per seed, in the order of the seeds.
 
     Gaps and gains compare final eval losses: gap = federated / other - 1, gain = 1 - federated /
@@ -27,36 +32,34 @@ def verdict(
     both ways. `equal_samples`: whether an arm ends within a batch of the federated one's samples.
     `own` is what `own_gain` found.
     """
-    federated = [run["eval_loss"][-1] for run in arms["federated"]]
+    federated = [run.eval_loss[-1] for run in arms["federated"]]
 
-    def over_seeds(
-        arm: str, percent: Callable[[float, float], float]
-    ) -> dict[str, float | None] | None:
+    def over_seeds(arm: str, percent: Percent) -> Spread | None:
         if arm not in arms:
             return None
-        others = [run["eval_loss"][-1] for run in arms[arm]]
-        if None in others:  # that arm diverged
-            return {"mean": None, "std": None}
-        return spread([percent(*pair) for pair in zip(federated, others, strict=True)])
+        finals = zip(federated, (run.eval_loss[-1] for run in arms[arm]), strict=True)
+        found = [percent(*pair) for pair in finals]
+        known = [value for value in found if value is not None]  # else an arm diverged
+        return spread(known) if len(known) == len(found) else Spread(None)
 
     run = arms["federated"][0]
-    rounds = max(1, len(run["bytes_up"]) - 1)
-    sent = sum(run["bytes_up"][1:]) + sum(run["bytes_down"][1:])
-    return {
-        "gap_centralized_pct": over_seeds("centralized", _gap),
-        "gap_large_batch_pct": over_seeds("centralized_large_batch", _gap),
-        "gain_over_local_pct": over_seeds("local", _gain),
-        "equal_samples": dict(equal_samples or {}),
-        "gain_over_local_own_pct": own,
-        "parity": parity,
-        "bytes_ratio_full": sent / (rounds * full_bytes) if full_bytes else None,
-        "time_split": dict(time_split),
-    }
+    rounds = max(1, len(run.bytes_up) - 1)
+    sent = sum(value or 0 for value in (*run.bytes_up[1:], *run.bytes_down[1:]))
+    return Verdict(
+        gap_centralized_pct=over_seeds("centralized", _gap),
+        gap_large_batch_pct=over_seeds("centralized_large_batch", _gap),
+        gain_over_local_pct=over_seeds("local", _gain),
+        equal_samples=dict(equal_samples or {}),
+        gain_over_local_own_pct=own,
+        parity=parity,
+        bytes_ratio_full=sent / (rounds * full_bytes) if full_bytes else None,
+        time_split=dict(time_split),
+    )
 
 
 def own_gain(
     results: Sequence[Mapping[str, Any]], rows: Mapping[str, int] | None
-) -> dict[str, Any] | None:
+) -> OwnGain | None:
     """Gain over local of each client on its own held-out rows; None without that arm, or rows.
 
     Losses and gains of a client are means over seeds; `mean` and `std` are over seeds, of the mean
@@ -67,19 +70,19 @@ def own_gain(
     arms = [arm for arm in ("local", "federated", "centralized") if arm in results[0]]
     clients, gains = [], []
     for client, count in rows.items():
-        losses: dict[str, list[Any]] = {
+        losses: dict[str, list[float | None]] = {
             arm: [(result[arm].get("own") or {}).get(client) for result in results] for arm in arms
         }
         pairs = list(zip(losses["federated"], losses["local"], strict=True))
-        known = [pair for pair in pairs if None not in pair]
-        gain = [_gain(*pair) for pair in known] if len(known) == len(pairs) else []
+        found = [_gain(*pair) for pair in pairs]
+        gain = [value for value in found if value is not None]
+        gain = gain if len(gain) == len(found) else []
         if gain:
             gains.append(gain)
         means = {arm: _mean(values) for arm, values in losses.items()}
-        clients.append({"client": client, "rows": count, **means, "gain_pct": _mean(gain)})
+        clients.append(OwnRow(client, count, means, _mean(gain)))
     by_seed = [sum(column) / len(column) for column in zip(*gains, strict=True)]
-    found = spread(by_seed) if by_seed else {"mean": None, "std": None}
-    return {**found, "clients": clients}
+    return OwnGain(spread(by_seed) if by_seed else Spread(None), tuple(clients))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -87,21 +90,21 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _gap(ours: float, other: float) -> float:
-    return 100 * (ours / other - 1)
+def _gap(ours: float | None, other: float | None) -> float | None:
+    return None if ours is None or other is None else 100 * (ours / other - 1)
 
 
-def _gain(ours: float, other: float) -> float:
-    return 100 * (1 - ours / other)
+def _gain(ours: float | None, other: float | None) -> float | None:
+    return None if ours is None or other is None else 100 * (1 - ours / other)
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation (n - 1) over seeds; `std` is None for one seed."""
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation (n - 1) over seeds."""
     mean = sum(values) / len(values)
     if len(values) < 2:
-        return {"mean": mean, "std": None}
+        return Spread(mean)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return {"mean": mean, "std": math.sqrt(variance)}
+    return Spread(mean, math.sqrt(variance))
 
 
 def first_difference(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.deploy.waiting import START_S, Waiting
-from fedtune.errors import RoundError
+from fedtune.errors import FedtuneError, RoundError
 from fedtune.files import read_json
 from fedtune.report.progress import Progress
+from fedtune.results.round_record import ROUNDS, RoundRecord, read_rounds
 from fedtune.server.submission import FEDERATION
 
 __all__ = ["follow"]
@@ -93,18 +94,11 @@ def _read(path: Path, since: float) -> dict[str, Any]:
     return state if state.get("time", 0.0) >= since else {}
 
 
-def _rounds(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "rounds.jsonl"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+def _rounds(directory: Path) -> list[RoundRecord]:
     try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise RoundError(
-            f"{path}: expected JSON lines, received something else ({error}). Look at the run with "
-            "fedtune status and logs."
-        ) from None
+        return read_rounds(directory / ROUNDS)
+    except FedtuneError as error:
+        raise RoundError(f"{error} Look at the run with fedtune status and logs.") from None
 
 
 def _show_sites(state: dict[str, Any], shown: str, known: set[str]) -> str:
@@ -143,23 +137,23 @@ def _show_base(state: dict[str, Any], shown: str) -> str:
     return name
 
 
-def _show_trouble(record: dict[str, Any]) -> None:
+def _show_trouble(record: RoundRecord) -> None:
     """Print what went wrong in a round that came about all the same."""
-    where = f"round {record['round']}"
-    for number, failure in enumerate(record["failed_attempts"], start=1):
-        print(f"{where}: attempt {number} failed: {failure['reason']}", flush=True)
-    for refusal in record["refused"]:
-        print(f"{where}: refused {refusal['client']} ({refusal['reason']})", flush=True)
+    where = f"round {record.round}"
+    for number, failure in enumerate(record.failed_attempts, start=1):
+        print(f"{where}: attempt {number} failed: {failure.reason}", flush=True)
+    for refusal in record.refused:
+        print(f"{where}: refused {refusal.client} ({refusal.reason})", flush=True)
 
 
-def _show_cut(record: dict[str, Any], told: bool) -> bool:
+def _show_cut(record: RoundRecord, told: bool) -> bool:
     """Print, once in a run, whose weight was cut; returns whether that is told by now."""
     if told:
         return True
-    for reply in record["replies"]:
+    for reply in record.replies:
         if "weight_cut_from" in reply:
             print(
-                f"round {record['round']}: the weight of {reply['client']} is cut from "
+                f"round {record.round}: the weight of {reply['client']} is cut from "
                 f"{reply['weight_cut_from']:.0f} to {reply['weight']:.0f} (--max_client_weight); "
                 "rounds.jsonl says of others",
                 flush=True,
@@ -168,10 +162,10 @@ def _show_cut(record: dict[str, Any], told: bool) -> bool:
     return False
 
 
-def _facts(record: dict[str, Any]) -> dict[str, Any]:
-    facts = {name: record[name] for name in ("eval_loss", "train_loss") if record[name] is not None}
-    facts["clients"] = len(record["replies"])
-    if record["refused"]:
-        facts["refused"] = len(record["refused"])
-    facts["MB"] = (record["bytes_up"] + record["bytes_down"]) / 1e6
-    return facts
+def _facts(record: RoundRecord) -> dict[str, Any]:
+    losses = {"eval_loss": record.eval_loss, "train_loss": record.train_loss}
+    facts: dict[str, Any] = {name: loss for name, loss in losses.items() if loss is not None}
+    facts["clients"] = len(record.replies)
+    if record.refused:
+        facts["refused"] = len(record.refused)
+    return {**facts, "MB": (record.traffic.sent or 0) / 1e6}

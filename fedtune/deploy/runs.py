@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -17,8 +16,9 @@ from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection
 from fedtune.deploy.register import known_runs
 from fedtune.deploy.view import RunState, View, render
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, FedtuneError
 from fedtune.files import read_json
+from fedtune.results.round_record import ROUNDS, RoundRecord, read_rounds
 from fedtune.server.submission import FEDERATION, STOP
 
 __all__ = [
@@ -210,20 +210,9 @@ def _federation(directory: Path | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _rounds(directory: Path | None) -> list[dict[str, Any]]:
-    """The whole lines of rounds.jsonl; the last one may be in the middle of being written."""
-    if directory is None:
-        return []
+def _rounds(directory: Path | None) -> list[RoundRecord]:
+    """Finished rounds as far as they can be read, which another user may not."""
     try:
-        lines = (directory / "rounds.jsonl").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
+        return [] if directory is None else read_rounds(directory / ROUNDS)
+    except (OSError, FedtuneError):
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -9,6 +9,8 @@ from textwrap import wrap
 from typing import Any
 
 from fedtune.report import text
+from fedtune.results.round_record import RoundRecord
+from fedtune.results.values import count, items, mapping
 
 __all__ = ["ACTIVE", "RunState", "View", "render"]
 
@@ -44,7 +46,7 @@ class View:
         runs: newest first.
         shown: the run that is told in full.
         federation: its federation.json, or empty.
-        rounds: the lines of its rounds.jsonl.
+        rounds: its finished rounds.
         clocks: a line for each site whose clock differs.
     """
 
@@ -53,7 +55,7 @@ class View:
     runs: Sequence[RunState]
     shown: RunState | None = None
     federation: Mapping[str, Any] = field(default_factory=dict)
-    rounds: Sequence[Mapping[str, Any]] = ()
+    rounds: Sequence[RoundRecord] = ()
     clocks: Sequence[str] = ()
 
 
@@ -102,33 +104,31 @@ def _run(view: View, run: RunState, width: int) -> list[str]:
 
 
 def _progress(view: View) -> list[str]:
-    total = _count(view.federation.get("num_rounds"))
-    done = max((_count(record.get("round")) or 0 for record in view.rounds), default=0)
-    now = _count(view.federation.get("round"))
+    total = count(view.federation.get("num_rounds"))
+    done = max((record.round or 0 for record in view.rounds), default=0)
+    now = count(view.federation.get("round"))
     if not total:
         return [] if view.rounds else ["no round has ended yet"]
     filled = BAR * min(done, total) // total
     line = f"[{'#' * filled}{'.' * (BAR - filled)}] {done}/{total} rounds done"
     if now and now > done and view.shown is not None and view.shown.is_active:
         line += f", in round {now}"
-    seconds = [_number(record.get("wall_s")) for record in view.rounds[-5:] if record.get("round")]
+    seconds = [record.wall_s for record in view.rounds[-5:] if record.round]
     known = [value for value in seconds if value is not None]
     if known and view.shown is not None and view.shown.is_active and done < total:
         line += f", about {_duration(sum(known) / len(known) * (total - done))} to go"
-    up, down = (_sum(view.rounds, key) for key in ("bytes_up", "bytes_down"))
+    up = sum(record.traffic.up or 0 for record in view.rounds)
+    down = sum(record.traffic.down or 0 for record in view.rounds)
     return [line, f"sent up {text.megabytes(up)} MB, down {text.megabytes(down)} MB"]
 
 
 def _clients(view: View, width: int) -> list[str]:
     """Who is there, how far, and in which round the server last took an update."""
-    clients = [row for row in _list(view.federation.get("clients")) if isinstance(row, Mapping)]
+    clients = [row for row in map(mapping, items(view.federation.get("clients"))) if row]
     if not clients:
         return []
     taken = {
-        reply.get("client"): row.get("round")
-        for row in view.rounds
-        for reply in _list(row.get("replies"))
-        if isinstance(reply, Mapping)
+        reply.get("client"): record.round for record in view.rounds for reply in record.replies
     }
     rows, problems = [("client", "last update", "state")], []
     for row in clients[:SHOWN_NAMES]:
@@ -143,24 +143,23 @@ def _clients(view: View, width: int) -> list[str]:
     return [*lines, *_sentences(problems, width)]
 
 
-def _rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+def _rounds(rounds: Sequence[RoundRecord]) -> list[str]:
     if not rounds:
         return []
-    scored = [(loss, row) for row in rounds if (loss := _number(row.get("eval_loss"))) is not None]
+    scored = [(loss, row) for row in rounds if (loss := row.eval_loss) is not None]
     best = min(scored, key=lambda pair: pair[0])[1] if scored else None
     rows = [ROUND_COLUMNS]
     for row in rounds[-SHOWN_ROUNDS:]:
-        refused = len(_list(row.get("refused")))
-        replies = f"{len(_list(row.get('replies')))}{f' ({refused} refused)' if refused else ''}"
+        refused = f" ({len(row.refused)} refused)" if row.refused else ""
         rows.append(
             (
-                f"{'*' if row is best else ''}{row.get('round', text.DASH)}",
-                text.loss(_number(row.get("train_loss"))),
-                text.loss(_number(row.get("eval_loss"))),
-                replies if row.get("round") else text.DASH,
-                text.megabytes(_number(row.get("bytes_up"))),
-                text.megabytes(_number(row.get("bytes_down"))),
-                text.seconds(_number(row.get("wall_s"))),
+                f"{'*' if row is best else ''}{text.DASH if row.round is None else row.round}",
+                text.loss(row.train_loss),
+                text.loss(row.eval_loss),
+                f"{len(row.replies)}{refused}" if row.round else text.DASH,
+                text.megabytes(row.traffic.up),
+                text.megabytes(row.traffic.down),
+                text.seconds(row.wall_s),
             )
         )
     lines = ["", *_table(rows, right=range(len(ROUND_COLUMNS)))]
@@ -190,24 +189,6 @@ def _duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _number(value: object) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    return float(value) if good else None  # type: ignore[arg-type]
-
-
-def _count(value: object) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
-
-
-def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(_number(row.get(key)) or 0.0 for row in rows)
-
-
-def _list(value: object) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else ()
 
 
 def _sentences(lines: Sequence[str], width: int) -> list[str]:

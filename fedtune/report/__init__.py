@@ -3,15 +3,17 @@
 from fedtune.report.html import render_report, write_report
 from fedtune.report.plots import draw_compare, draw_loss
 from fedtune.report.progress import Progress
-from fedtune.report.records import Arm, RoundRow, Series, Spread, Summary, Verdict
-from fedtune.report.series import load_rounds, load_summary
 from fedtune.report.table import comparison_table, traffic_table, verdict_lines
 from fedtune.report.trackers import RoundTracker, open_trackers
+from fedtune.results.round_record import RoundRecord, load_rounds
+from fedtune.results.series import Series
+from fedtune.results.summary import Arm, Summary, load_summary
+from fedtune.results.verdict import Spread, Verdict
 
 __all__ = [
     "Arm",
     "Progress",
-    "RoundRow",
+    "RoundRecord",
     "RoundTracker",
     "Series",
     "Spread",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedtune.report import text
-from fedtune.report.records import Summary
 from fedtune.report.rows import ArmRow, arm_rows, same
+from fedtune.results.summary import Summary
 
 __all__ = ["concerns", "made_worse"]
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedtune.report import text
-from fedtune.report.records import Arm, Series, Summary, Values, last
+from fedtune.results.series import Series, Values, last
+from fedtune.results.summary import Summary
 
 __all__ = [
     "ARM_LABELS",
@@ -87,7 +88,7 @@ def loss_curves(summary: Summary) -> list[Curve]:
             continue
         own = _samples(arm.mean)
         by_round = name in ("local", "fixed_global") and len(own) == len(shared)
-        low, high = _band(arm)
+        low, high = _extremes([one.eval_loss for one in arm.members(name)])
         curves.append(
             Curve(
                 tone=name,
@@ -149,7 +150,7 @@ def compare_curves(summaries: Sequence[Summary]) -> list[Curve]:
     curves = []
     for index, (summary, label) in enumerate(zip(summaries, labels, strict=True)):
         arm = summary.federated
-        low, high = _band(arm)
+        low, high = _extremes([run.eval_loss for run in arm.runs])
         tone = COMPARE_TONES[index % len(COMPARE_TONES)]
         dashed = index >= len(COMPARE_TONES)
         x = _samples(arm.mean)
@@ -209,12 +210,6 @@ def _samples(series: Series) -> Values:
 
 def _rounds(values: Values) -> Values:
     return tuple(float(index) for index in range(len(values)))
-
-
-def _band(arm: Arm) -> tuple[Values, Values]:
-    """Best and worst: over clients for `local`, over seeds for the others."""
-    members = arm.clients if arm.name == "local" and arm.clients else arm.runs
-    return _extremes([member.eval_loss for member in members])
 
 
 def _extremes(series: Sequence[Values]) -> tuple[Values, Values]:

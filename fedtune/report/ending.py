@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from fedtune.report.records import Refusal, Summary
-from fedtune.report.series import refusal_of
+from fedtune.results.summary import LastRefusal, Summary
 
 __all__ = ["ending", "last_refusals", "reason"]
 
@@ -19,14 +16,18 @@ def ending(summary: Summary) -> str | None:
     """`Failed in round 1 of 2: 0 of 2 needed updates.`, or None for a run that completed."""
     if summary.status == "completed":
         return None
-    runs = _runs(summary)
-    if runs:
-        counts = [run for run in runs if run.get("status") == "completed"]
-        told = [_told(run) for run in runs if run.get("status") not in ("completed", "not run")]
-        waiting = [str(run["seed"]) for run in runs if run.get("status") == "not run"]
+    if summary.endings:
+        seeds = summary.endings.items()
+        counts = sum(one.status == "completed" for _, one in seeds)
+        told = [
+            " ".join(filter(None, ("seed", str(seed), one.status, one.where)))
+            for seed, one in seeds
+            if one.status not in ("completed", "not run")
+        ]
+        waiting = [str(seed) for seed, one in seeds if one.status == "not run"]
         told += [f"not run: seed {', '.join(waiting)}"] if waiting else []
-        return f"{len(counts)} of {len(runs)} seeds completed; {'; '.join(told)}."
-    where = summary.extra.get("where")
+        return f"{counts} of {len(seeds)} seeds completed; {'; '.join(told)}."
+    where = summary.ending.where
     words = f"{summary.status.capitalize()}{f' {where}' if where else ''}"
     short = _short(reason(summary)) if summary.status == "failed" else ""
     return f"{words}: {short}." if short else f"{words}."
@@ -34,28 +35,14 @@ def ending(summary: Summary) -> str | None:
 
 def reason(summary: Summary) -> str:
     """Why, in full; without what the headline says already."""
-    return AGAIN.sub("", str(summary.extra.get("reason") or ""))
+    return AGAIN.sub("", summary.ending.reason or "")
 
 
-def last_refusals(summary: Summary) -> list[tuple[str, Refusal]]:
+def last_refusals(summary: Summary) -> list[tuple[str, LastRefusal]]:
     """Who was refused in the round that never came about, by round (`2`, or `2 of seed 3`)."""
-    rows = [(summary.extra, ""), *((run, f" of seed {run['seed']}") for run in _runs(summary))]
-    return [
-        (f"{item.get('round')}{seed}", refusal_of(item, int(item.get("attempt") or 1)))
-        for told, seed in rows
-        for item in told.get("refused") or ()
-    ]
-
-
-def _runs(summary: Summary) -> list[Mapping[str, Any]]:
-    return list(summary.extra.get("runs") or ())
-
-
-def _told(run: Mapping[str, Any]) -> str:
-    """`seed 2 failed in round 1 of 2`."""
-    return " ".join(
-        str(word) for word in ("seed", run["seed"], run["status"], run.get("where", ""))
-    )
+    endings = [("", summary.ending)]
+    endings += [(f" of seed {seed}", one) for seed, one in summary.endings.items()]
+    return [(f"{one.round}{seed}", one) for seed, told in endings for one in told.refused or ()]
 
 
 def _short(words: str) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedtune.files import write_text
 from fedtune.report import logbook, results, text, transport
 from fedtune.report.concerns import concerns
 from fedtune.report.curves import Curve, gap_curves, loss_curves, traffic_curves
 from fedtune.report.ending import last_refusals, reason
 from fedtune.report.markup import unbroken
-from fedtune.report.records import Summary, last
-from fedtune.report.series import load_rounds, load_summary, rounds_file
 from fedtune.report.style import style_sheet
 from fedtune.report.svg import Shape, esc, line_chart
 from fedtune.report.verdict import finding, gaps, headline
+from fedtune.results.round_record import load_rounds, rounds_file
+from fedtune.results.series import last
+from fedtune.results.summary import Summary, load_summary
 
 __all__ = ["both", "concerns_list", "page", "render_report", "write_page", "write_report"]
 
@@ -31,9 +32,7 @@ def write_report(directory: str | Path) -> Path:
 def write_page(directory: Path, words: str) -> Path:
     """Replace `directory/report.html`, whole."""
     path = directory / "report.html"
-    draft = path.with_name(".report.html.tmp")
-    draft.write_text(words, encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, words)
     return path
 
 

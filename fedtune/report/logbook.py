@@ -9,8 +9,10 @@ from fedtune.report import text
 from fedtune.report.curves import COMPARE_TONES
 from fedtune.report.ending import last_refusals
 from fedtune.report.markup import bar, cell, section, sub, table
-from fedtune.report.records import Arm, ClientData, RoundRow, Summary, final
 from fedtune.report.svg import esc
+from fedtune.results.round_record import RoundRecord
+from fedtune.results.series import final
+from fedtune.results.summary import Arm, ClientData, Summary
 
 __all__ = [
     "clients_section",
@@ -24,31 +26,31 @@ CLASSES = len(COMPARE_TONES)  # labels with a colour of their own; the rest are 
 OWNED = 5  # values of the partition column that are named
 
 
-def rounds_section(summary: Summary, rounds: Sequence[RoundRow], seed: str | None) -> str:
+def rounds_section(summary: Summary, rounds: Sequence[RoundRecord], seed: str | None) -> str:
     """Time split and one line per round."""
     split = bar(summary.verdict.time_split)
     if not rounds:
         return section("Time", "Where the wall time of the run went.", split) if split else ""
     residual = any(row.residual is not None for row in rounds)
-    parts = list(dict.fromkeys(part for row in rounds for part in row.time_split))
+    parts = list(dict.fromkeys(part for row in rounds for part in row.time))
     heads = ["Round", "#Loss", "#Replies", "#Refused", "#Update norm", "#Client drift"]
     heads += [*(["#Residual"] if residual else []), *(f"#{part}" for part in parts)]
     rows = []
     for row in rounds:
         values = [
             text.loss(row.eval_loss),
-            _replies(row),
-            str(len(row.refused)) if row.refused else "0",
+            str(len(row.replies)),
+            str(len(row.refusals)),
             text.plain(row.update_norm),
             text.plain(row.client_drift),
             *([text.plain(row.residual)] if residual else []),
-            *(text.seconds(row.time_split.get(part)) for part in parts),
-            text.megabytes(row.bytes_up),
-            text.megabytes(row.bytes_down),
+            *(text.seconds(row.time.get(part)) for part in parts),
+            text.megabytes(row.traffic.up),
+            text.megabytes(row.traffic.down),
         ]
         cells = [cell(value, "n") for value in values]
-        if row.refused:
-            cells[2] = cell(len(row.refused), "n bad")
+        if row.refusals:
+            cells[2] = cell(len(row.refusals), "n bad")
         rows.append([f"<td>{_number(row)}{_try(row.attempt)}</td>", *cells])
     note = f"Seed {seed}. " if seed else ""
     note += "Replies are updates that were used; times are in seconds."
@@ -59,7 +61,7 @@ def _tries(attempts: Sequence[int]) -> str:
     return f"try {', '.join(map(str, attempts))}"
 
 
-def _number(row: RoundRow) -> str:
+def _number(row: RoundRecord) -> str:
     return text.DASH if row.round is None else str(row.round)
 
 
@@ -67,22 +69,16 @@ def _try(attempt: int | None) -> str:
     return sub(f"try {attempt}") if (attempt or 1) > 1 else ""
 
 
-def _replies(row: RoundRow) -> str:
-    if row.replies is None:
-        return text.DASH
-    return f"{row.replies} / {row.asked}" if row.asked is not None else str(row.replies)
-
-
-def refused_section(rounds: Sequence[RoundRow]) -> str:
+def refused_section(rounds: Sequence[RoundRecord]) -> str:
     """Who was refused, when and why."""
     rows = [
         [
-            f"<td>{_number(row)}{_try(refusal.attempt)}</td>",
+            f"<td>{_number(row)}{_try(attempt)}</td>",
             cell(refusal.who or text.DASH, "name"),
             cell(refusal.reason or text.DASH, "long"),
         ]
         for row in rounds
-        for refusal in row.refused
+        for attempt, refusal in row.refusals
     ]
     if not rows:
         return ""
@@ -93,8 +89,9 @@ def refused_section(rounds: Sequence[RoundRow]) -> str:
 def last_refused_section(summary: Summary) -> str:
     """Who was refused in the round that ended the run; a reason that came again is told once."""
     tries: dict[tuple[str, str, str], list[int]] = {}
-    for number, refusal in last_refusals(summary):
-        tries.setdefault((number, refusal.who, refusal.reason), []).append(refusal.attempt)
+    for number, one in last_refusals(summary):
+        told = (number, one.refusal.who, one.refusal.reason)
+        tries.setdefault(told, []).append(one.attempt)
     rows = [
         [
             f"<td>{esc(number)}{sub(_tries(attempts))}</td>",
@@ -152,7 +149,7 @@ def _alone(summary: Summary, local: Arm | None) -> list[tuple[str, str]]:
         return []
     us = final(summary.federated.mean.eval_loss)
     pairs = []
-    for client in local.clients:
+    for client in local.clients.values():
         own = final(client.eval_loss)
         gain = 100 * (own - us) / own if own and us is not None else None
         pairs.append((text.loss(own), text.percent(gain, signed=True)))

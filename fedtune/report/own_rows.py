@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fedtune.report import text
 from fedtune.report.markup import cell, sub, table
-from fedtune.report.records import OwnRow, Summary
 from fedtune.report.svg import esc
+from fedtune.results.summary import Summary
+from fedtune.results.verdict import OwnRow
 
 __all__ = ["gaining", "own_rows_line", "own_rows_table"]
 
@@ -29,10 +30,11 @@ def own_rows_line(summary: Summary) -> str:
         return ""
     row = min(known, key=lambda row: row.gain_pct or 0)
     what = "loses most" if (row.gain_pct or 0) < 0 else "gains least"
+    here, alone = (text.loss(row.losses.get(arm)) for arm in ("federated", "local"))
     return (
         f"on each client's own held-out rows: {gaining(summary)} gain over local only; "
-        f"{_name(summary, row)} {what}: federated {text.loss(row.federated)} vs alone "
-        f"{text.loss(row.local)} ({text.percent(row.gain_pct, signed=True)})"
+        f"{_name(summary, row)} {what}: federated {here} vs alone "
+        f"{alone} ({text.percent(row.gain_pct, signed=True)})"
     )
 
 
@@ -41,7 +43,7 @@ def own_rows_table(summary: Summary) -> str:
     rows = summary.verdict.own
     if not rows:
         return ""
-    central = any(row.centralized is not None for row in rows)
+    central = any(row.losses.get("centralized") is not None for row in rows)
     heads = ["Client", "#Own rows", "#Alone", "#Federated"]
     heads += ["#Centralized"] * central + ["#Gain"]
     owned = {client.client: ", ".join(client.owned) for client in summary.clients}
@@ -52,9 +54,9 @@ def own_rows_table(summary: Summary) -> str:
             [
                 f'<td class="name">{esc(row.client)}{sub(owned.get(row.client, ""))}</td>',
                 cell(text.count(row.rows), "n"),
-                cell(text.loss(row.local), "n"),
-                cell(text.loss(row.federated), "n"),
-                *[cell(text.loss(row.centralized), "n")] * central,
+                cell(text.loss(row.losses.get("local")), "n"),
+                cell(text.loss(row.losses.get("federated")), "n"),
+                *[cell(text.loss(row.losses.get("centralized")), "n")] * central,
                 cell(text.percent(row.gain_pct, signed=True), tone),
             ]
         )

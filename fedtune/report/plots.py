@@ -19,10 +19,11 @@ from fedtune.report.curves import (
     loss_curves,
     traffic_curves,
 )
-from fedtune.report.records import Summary, Values, last
 from fedtune.report.svg import spread_out
 from fedtune.report.unlike import Note
 from fedtune.report.verdict import headline
+from fedtune.results.series import Values, last
+from fedtune.results.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

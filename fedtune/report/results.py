@@ -5,11 +5,11 @@ from __future__ import annotations
 from fedtune.report import text
 from fedtune.report.markup import cell, low_high, section, sub, table, unbroken
 from fedtune.report.own_rows import gaining, own_rows_table
-from fedtune.report.records import Summary
 from fedtune.report.rows import ArmRow, arm_rows, metric_names
 from fedtune.report.svg import esc
 from fedtune.report.transport import codec_of, moved, of_raw
 from fedtune.report.verdict import checks, gaps, spread_text
+from fedtune.results.summary import Summary
 
 __all__ = ["arms_section", "cards", "verdict_section"]
 

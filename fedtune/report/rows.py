@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.report.curves import ARM_LABELS
-from fedtune.report.records import Summary, Values, final, last
+from fedtune.results.series import Values, final, last
+from fedtune.results.summary import Summary
 
 __all__ = ["ArmRow", "arm_rows", "best_round", "metric_names", "same", "total"]
 
@@ -38,8 +39,7 @@ def arm_rows(summary: Summary) -> list[ArmRow]:
         arm = summary.arms[name]
         series = arm.mean
         best = best_round(series.eval_loss)
-        members = arm.clients if name == "local" and arm.clients else arm.runs
-        finals = [v for run in members if (v := final(run.eval_loss)) is not None]
+        finals = [v for run in arm.members(name) if (v := final(run.eval_loss)) is not None]
         rows.append(
             ArmRow(
                 arm=name,

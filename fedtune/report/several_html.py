@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedtune.report import text
 from fedtune.report.curves import compare_curves
 from fedtune.report.formats import cells
 from fedtune.report.html import both, concerns_list, page, write_page
 from fedtune.report.markup import cell, section, table
-from fedtune.report.records import Summary
 from fedtune.report.side_by_side import run_rows
 from fedtune.report.svg import Shape, esc
 from fedtune.report.unlike import Note
+from fedtune.results.summary import Ending, Summary
 
 __all__ = ["write_comparison_page"]
 
 
 def write_comparison_page(
-    directory: Path, summaries: Sequence[Summary], notes: Sequence[Note], head: Mapping[str, Any]
+    directory: Path, summaries: Sequence[Summary], notes: Sequence[Note], ending: Ending
 ) -> Path:
-    """Write `directory/report.html`; `head` has `status`, and `reason` where there is one."""
+    """Write `directory/report.html` of a run of several strategies that ended so."""
     name = esc(directory.resolve().name)
     count = f"{len(summaries)} strateg{'y' if len(summaries) == 1 else 'ies'}"
-    ended = [str(head[key]) for key in ("reason",) if key in head]
+    ended = [] if ending.reason is None else [ending.reason]
     body = (
         f'<header><p class="eyebrow"><b>fedtune</b> / {name}</p>'
         f"<h1>{count} on the same rows</h1>"

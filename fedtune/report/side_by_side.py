@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fedtune.report.curves import run_names
 from fedtune.report.intervals import Interval, t_interval
-from fedtune.report.records import Summary, final
 from fedtune.report.rows import arm_rows, total
 from fedtune.report.unlike import differing
+from fedtune.results.series import final
+from fedtune.results.summary import Summary
 
 __all__ = ["RunRow", "run_rows"]
 
@@ -64,14 +65,13 @@ def _row(summary: Summary, name: str, first: Summary, settings: Mapping[str, str
     if summary is first:
         pairs = []
     positive = all(there > 0 for _, there in pairs)
-    reason = summary.extra.get("reason")
     return RunRow(
         run=name,
         directory=summary.directory,
         strategy=summary.setting("strategy") or "",
         settings=settings,
         status=summary.status,
-        reason=None if reason is None else str(reason),
+        reason=summary.ending.reason,
         seeds=summary.seed_names,
         rounds=summary.rounds,
         samples=final(series.samples),

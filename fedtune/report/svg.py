@@ -14,7 +14,7 @@ from html import escape
 
 from fedtune.report import text
 from fedtune.report.curves import Curve
-from fedtune.report.records import Values, last
+from fedtune.results.series import Values, last
 
 __all__ = ["Shape", "esc", "line_chart", "nice_ticks", "spread_out"]
 

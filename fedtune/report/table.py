@@ -8,10 +8,11 @@ from fedtune.report import text
 from fedtune.report.concerns import concerns, made_worse
 from fedtune.report.curves import run_names
 from fedtune.report.own_rows import own_rows_line
-from fedtune.report.records import Summary, final
 from fedtune.report.rows import arm_rows, metric_names
 from fedtune.report.transport import codec_of, moved, of_raw
 from fedtune.report.verdict import checks, gaps, headline, spread_text
+from fedtune.results.series import final
+from fedtune.results.summary import Summary
 
 __all__ = ["comparison_table", "traffic_table", "verdict_lines"]
 

@@ -19,7 +19,7 @@ from typing import Any
 from fedtune.config import TRACKERS
 from fedtune.errors import ConfigError
 from fedtune.report import text
-from fedtune.report.series import number
+from fedtune.results.values import number
 
 __all__ = ["RoundTracker", "open_trackers", "round_scalars"]
 

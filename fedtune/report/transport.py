@@ -7,9 +7,10 @@ from dataclasses import astuple
 
 from fedtune.report import text
 from fedtune.report.markup import cell, section, table
-from fedtune.report.records import RoundRow, Summary, WireBytes
 from fedtune.report.rows import total
 from fedtune.report.svg import esc
+from fedtune.results.round_record import RoundRecord, WireBytes
+from fedtune.results.summary import Summary
 
 __all__ = ["codec_of", "moved", "of_raw", "transport_section"]
 
@@ -32,7 +33,7 @@ def of_raw(sent: float | None, raw: float | None) -> str:
     return text.percent(100 * sent / raw if raw and sent is not None else None)
 
 
-def transport_section(summary: Summary, rounds: Sequence[RoundRow], seed: str | None) -> str:
+def transport_section(summary: Summary, rounds: Sequence[RoundRecord], seed: str | None) -> str:
     """By direction, and by client where the rounds say it; nothing without a codec."""
     codec, all_of_it = codec_of(summary), moved(summary)
     if codec is None:
@@ -62,7 +63,7 @@ def _note(summary: Summary) -> str:
     return f"{words}. Raw: the same records without it; manifests and numbers are in both."
 
 
-def _by_client(rounds: Sequence[RoundRow], seed: str | None) -> str:
+def _by_client(rounds: Sequence[RoundRecord], seed: str | None) -> str:
     names = dict.fromkeys(name for row in rounds for name in row.clients)
     rows = []
     for name in names:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from fedtune.decisive import decides
 from fedtune.report import text
 from fedtune.report.curves import run_names
-from fedtune.report.records import Summary
-from fedtune.report.series import number
+from fedtune.results.summary import Summary
+from fedtune.results.values import number
 
 __all__ = ["Note", "differing", "notes"]
 
@@ -146,7 +146,7 @@ def _base(summary: Summary) -> Shown:
 
 
 def _ended(summary: Summary) -> Shown:
-    reason = summary.extra.get("reason")
+    reason = summary.ending.reason
     words = f"{summary.status} ({reason})" if reason else summary.status
     return words, words
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from fedtune.report import text
 from fedtune.report.concerns import made_worse
 from fedtune.report.ending import ending
-from fedtune.report.records import Spread, Summary, final, last
+from fedtune.results.series import final, last
+from fedtune.results.summary import Summary
+from fedtune.results.verdict import Spread
 
 __all__ = [
     "Check",

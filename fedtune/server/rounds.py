@@ -6,13 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 
 from fedtune.config import FederationArguments
 from fedtune.errors import RoundError, private
+from fedtune.results.round_record import FailedAttempt, RoundRecord, WireBytes
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import Membership
 from fedtune.strategies.advance import ServerMemory
@@ -131,16 +132,16 @@ def _first_record(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     metrics, evaluate_s, uncounted = _evaluate(grid, strategy, plan, 0, arrays)
-    return {
-        "round": 0,
+    record = RoundRecord(
+        round=0,
         **_evaluation(metrics, strategy),
-        "train_loss": None,
-        "samples": 0,
-        "tokens": 0,
-        **(grid.traffic - before - uncounted).total,
-        "wall_s": round(time.perf_counter() - started, 4),
-        "time": {"train": 0.0, "wait": 0.0, "codec": 0.0, "aggregate": 0.0, "evaluate": evaluate_s},
-    }
+        samples=0,
+        tokens=0,
+        traffic=WireBytes.from_json((grid.traffic - before - uncounted).total),
+        wall_s=round(time.perf_counter() - started, 4),
+        time={"train": 0.0, "wait": 0.0, "codec": 0.0, "aggregate": 0.0, "evaluate": evaluate_s},
+    )
+    return record.to_json()
 
 
 def _run_round(
@@ -155,7 +156,7 @@ def _run_round(
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     started, before = time.perf_counter(), grid.traffic
     pending = strategy.pending
-    failures: list[dict[str, Any]] = []
+    failures: list[FailedAttempt] = []
     while True:
         attempt = len(failures) + 1
         grid.wait_s, coded_s = 0.0, grid.traffic.codec_s
@@ -168,12 +169,12 @@ def _run_round(
         )
         new, _ = strategy.aggregate_train(number, replies)
         outcome = strategy.outcome
-        members.doubt(refusal.node for refusal in outcome.refused)
+        members.doubt(one.node for one in outcome.refused if one.node is not None)
         if new is not None:
             break
         failures.append(_failure(strategy, outcome))
-        on_attempt({"round": number, "attempt": attempt, **failures[-1]})
-        log.warning("round %d, attempt %d failed: %s", number, attempt, failures[-1]["reason"])
+        on_attempt({"round": number, "attempt": attempt, **failures[-1].to_json()})
+        log.warning("round %d, attempt %d failed: %s", number, attempt, failures[-1].reason)
         if len(failures) > plan.max_failed_rounds:
             few = f"{_few(strategy, outcome)} ({private(_reasons(outcome))})"
             why = private(outcome.problem) if outcome.problem else few
@@ -188,33 +189,35 @@ def _run_round(
     metrics, evaluate_s, uncounted = _evaluate(grid, strategy, plan, number, new)
     traffic = grid.traffic - before - uncounted
     last = state.history[-1]
-    return new, {
-        "round": number,
-        "attempt": attempt,
+    by_client = {names[node]: traffic.of(node) for node in traffic.nodes if node in names}
+    record = RoundRecord(
+        round=number,
+        attempt=attempt,
         **_evaluation(metrics, strategy),
-        "train_loss": outcome.train_loss,
-        "samples": last["samples"] + outcome.total("examples"),
-        "tokens": last["tokens"] + outcome.total("tokens"),
-        **traffic.total,
-        "clients": {names[node]: traffic.of(node) for node in traffic.nodes if node in names},
-        "wall_s": round(time.perf_counter() - started, 4),
-        "replies": outcome.replies,
-        "refused": [asdict(refusal) for refusal in outcome.refused],
-        "failed_attempts": failures,
-        "update_norm": outcome.update_norm,
-        "client_drift": outcome.client_drift,
-        **({} if outcome.server_rate is None else {"server_rate": outcome.server_rate}),
-        "residual": outcome.residual,
-        "residual_fedavg": outcome.residual_fedavg,
+        train_loss=outcome.train_loss,
+        samples=last["samples"] + outcome.total("examples"),
+        tokens=last["tokens"] + outcome.total("tokens"),
+        traffic=WireBytes.from_json(traffic.total),
+        clients={name: WireBytes.from_json(one) for name, one in by_client.items()},
+        wall_s=round(time.perf_counter() - started, 4),
+        replies=outcome.replies,
+        refused=outcome.refused,
+        failed_attempts=failures,
+        update_norm=outcome.update_norm,
+        client_drift=outcome.client_drift,
+        server_rate=outcome.server_rate,
+        residual=outcome.residual,
+        residual_fedavg=outcome.residual_fedavg,
         **_base(strategy.memory.base),
-        "time": {
+        time={
             "train": round(outcome.train_s, 4),
             "wait": round(wait_s, 4),
             "codec": round(coded_s, 4),
             "aggregate": round(outcome.aggregate_s, 4),
             "evaluate": evaluate_s,
         },
-    }
+    )
+    return new, record.to_json()
 
 
 def _tasks(
@@ -276,7 +279,7 @@ def _evaluation(metrics: dict[str, float], strategy: FedStrategy) -> dict[str, A
     return {**record, "eval_clients": scores} if len(scores) > 1 else record
 
 
-def _base(base: Cumulative) -> dict[str, float]:
+def _base(base: Cumulative) -> dict[str, Any]:
     """Of what was added to the base: the largest rank, and what its recompression may have lost."""
     return {"base_rank": base.rank, "base_error": base.relative_error} if base.terms else {}
 
@@ -291,23 +294,20 @@ def _warn_of_size(before: Cumulative, now: Cumulative) -> None:
         )
 
 
-def _ready(members: Membership, failures: list[dict[str, Any]]) -> list[Member]:
+def _ready(members: Membership, failures: list[FailedAttempt]) -> list[Member]:
     """Who is there; where too few come back, why they failed before is the reason."""
     try:
         return members.ready()
     except RoundError as error:
         if not failures:
             raise
-        before = private(failures[-1]["reason"])
+        before = private(failures[-1].reason)
         raise RoundError(f"{before}; after that {error.marked}") from None
 
 
-def _failure(strategy: FedStrategy, outcome: Outcome) -> dict[str, Any]:
+def _failure(strategy: FedStrategy, outcome: Outcome) -> FailedAttempt:
     few = f"{_few(strategy, outcome)} ({_reasons(outcome)})"
-    return {
-        "reason": outcome.problem or few,
-        "refused": [asdict(refusal) for refusal in outcome.refused],
-    }
+    return FailedAttempt(outcome.problem or few, tuple(outcome.refused))
 
 
 def _few(strategy: FedStrategy, outcome: Outcome) -> str:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fedtune.errors import ManifestError
+from fedtune.results.round_record import Refusal
 from fedtune.strategies.advance import ServerMemory, advance, not_finite
 from fedtune.strategies.base import ClientStats, Method
 from fedtune.strategies.bounds import Judge
 from fedtune.strategies.gathering import Gathering
 from fedtune.strategies.norms import NORM, TIMES, Record, squared_distance
 from fedtune.strategies.outcome import CUT_FROM, Outcome
-from fedtune.strategies.updates import Refusal, Update, finite_or_none, one_line
+from fedtune.strategies.updates import Update, finite_or_none, one_line
 from fedtune.strategies.weights import Scale
 from fedtune.transport.messages import Declared
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from fedtune.results.round_record import Refusal
 from fedtune.strategies.norms import CONTROL_NORM, NORM
-from fedtune.strategies.updates import Refusal, Update
+from fedtune.strategies.updates import Update
 
 __all__ = ["CUT_FROM", "Outcome", "needed_replies", "sample_clients"]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedtune.adapters import Manifest
 from fedtune.config import sampled_clients
+from fedtune.results.round_record import Refusal
 from fedtune.strategies.advance import ServerMemory
 from fedtune.strategies.attempt import Arrived, Attempt, StepFailedError
 from fedtune.strategies.base import Method, Round
@@ -27,7 +28,6 @@ from fedtune.strategies.outcome import Outcome, needed_replies, sample_clients
 from fedtune.strategies.scoring import Row, mean_scores, scorers
 from fedtune.strategies.updates import (
     Expected,
-    Refusal,
     UpdateRefusedError,
     one_line,
     read_update,

@@ -27,7 +27,6 @@ from fedtune.transport.records import config_of, metrics_of, params_of
 
 __all__ = [
     "Expected",
-    "Refusal",
     "Update",
     "UpdateRefusedError",
     "one_line",
@@ -44,15 +43,6 @@ EXCEPTION = re.compile(r"<class '(?P<type>(?:\w+\.)*(?P<name>\w+))'>:<'(?P<text>
 
 class UpdateRefusedError(Exception):
     """The update cannot be used; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Whose update was refused, and why."""
-
-    node: int
-    client: str
-    reason: str
 
 
 @dataclass(frozen=True)

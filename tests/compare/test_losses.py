@@ -18,10 +18,10 @@ from fedtune.client.worker import Worker
 from fedtune.compare.arms import ArmInput, run_arm
 from fedtune.compare.facts import Facts
 from fedtune.compare.own_rows import OwnRows
-from fedtune.compare.series import of_history
 from fedtune.compare.summary import build_summary
 from fedtune.config import ARMS
 from fedtune.federate import federate_control, own_scores
+from fedtune.results.series import Series
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies import build_method
 from tests.client.test_per_token import CLOSE, by_hand, padded, ragged, sharp
@@ -79,7 +79,10 @@ def run(directory: Path, batch: int, strategy: str = "fedavg") -> tuple[Worker, 
         args, worker, first[0], state.history, directory / "arms", partial(federate_control, args)
     )
     given = replace(given, own=own)
-    federated = {**of_history(state.history), "time": [row["time"] for row in state.history]}
+    federated = {
+        **Series.of_history(state.history).to_json(),
+        "time": [row["time"] for row in state.history],
+    }
     results: dict[str, Any] = {"federated": federated}
     results |= {name: run_arm(name, given) for name in ARMS}
     results["federated"]["own"] = own_scores(args, worker, state, own)
@@ -90,7 +93,7 @@ def run(directory: Path, batch: int, strategy: str = "fedavg") -> tuple[Worker, 
         base_loss=base_loss,
         own_rows={client: len(part) for client, part in OWN.items()},
     )
-    summary = build_summary(facts, [results])
+    summary = build_summary(facts, [results]).to_json()
     return worker, {"summary": summary, "state": state, "directory": directory / "arms"}
 
 

@@ -22,7 +22,8 @@ FEDERATED = {
 def of_codec(strategy: str = "fedavg", **transport: Any) -> dict[str, Any]:
     federation = asdict(FederationArguments(strategy=strategy))
     config = {"federation": federation, "transport": asdict(TransportArguments(**transport))}
-    summary = build_summary(Facts(config=config, seeds=[1]), [{"federated": FEDERATED}])
+    built = build_summary(Facts(config=config, seeds=[1]), [{"federated": FEDERATED}])
+    summary = built.to_json()
     return {key: value for key, value in summary.items() if "codec" in key or "feedback" in key}
 
 

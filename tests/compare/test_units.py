@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.compare.series import KEYS, mean_series, of_history
 from fedtune.compare.verdict import first_difference, spread, verdict
+from fedtune.results.series import KEYS, Series
+from fedtune.results.verdict import Parity
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
-    assert spread([2.0, 4.0, 9.0]) == {
+    assert spread([2.0, 4.0, 9.0]).to_json() == {
         "mean": 5.0,
         "std": pytest.approx(statistics.stdev([2.0, 4.0, 9.0])),
     }
-    assert spread([3.0]) == {"mean": 3.0, "std": None}
-    assert spread([3.0, 3.0]) == {"mean": 3.0, "std": 0.0}
+    assert spread([3.0]).to_json() == {"mean": 3.0, "std": None}
+    assert spread([3.0, 3.0]).to_json() == {"mean": 3.0, "std": 0.0}
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9))
@@ -28,10 +29,14 @@ def test_spread_agrees_with_the_standard_library(values: list[float]) -> None:
     """Two-pass fp64 on at most 9 values: relative 1e-9 of the largest leaves a wide margin; squares
     of what is below 1e-154 vanish.
     """
-    result = spread(values)
+    result = spread(values).to_json()
     scale = max(map(abs, values)) * 1e-9
     assert result["mean"] == pytest.approx(statistics.mean(values), abs=scale)
     assert result["std"] == pytest.approx(statistics.stdev(values), abs=scale + 1e-100, rel=1e-6)
+
+
+def mean_series(runs: list[dict[str, list[float | None]]]) -> dict[str, list[float | None]]:
+    return Series.mean([Series.from_json(run) for run in runs]).to_json()
 
 
 def test_mean_series_is_element_wise() -> None:
@@ -55,7 +60,7 @@ def test_columns_of_a_history() -> None:
         {"round": 0, "eval_loss": 3.0, "eval_metrics": {"eval_f1": 0.5}, "samples": 0},
         {"round": 1, "eval_loss": 2.0, "eval_metrics": None, "samples": 8, "bytes_up": 7},
     ]
-    series = of_history(history)
+    series = Series.of_history(history).to_json()
     assert set(series) == {*KEYS, "eval_f1"}
     assert series["eval_loss"] == [3.0, 2.0]
     assert series["bytes_up"] == [0, 7]
@@ -90,12 +95,13 @@ def test_first_difference(other: list[dict[str, float]], step: int | None) -> No
     assert first_difference(other, LOG) == step
 
 
-def arm(*losses: float, up: int = 0, down: int = 0) -> dict[str, list[float]]:
-    return {
+def arm(*losses: float, up: int = 0, down: int = 0) -> Series:
+    columns = {
         "eval_loss": list(losses),
         "bytes_up": [5, *[up] * (len(losses) - 1)],
         "bytes_down": [7, *[down] * (len(losses) - 1)],
     }
+    return Series.from_json(columns)
 
 
 def test_verdict_by_hand() -> None:
@@ -106,11 +112,11 @@ def test_verdict_by_hand() -> None:
             "centralized": [arm(4, 1.0), arm(4, 2.0)],
             "local": [arm(4, 2.2), arm(4, 2.0)],
         },
-        parity={"identical": True, "first_diff_step": None},
+        parity=Parity(True),
         full_bytes=1000,
         time_split={"train": 2.0},
         equal_samples={"centralized": False},
-    )
+    ).to_json()
     assert rows["equal_samples"] == {"centralized": False}
     assert rows["gap_centralized_pct"]["mean"] == pytest.approx(0.0, abs=1e-9)
     assert rows["gap_centralized_pct"]["std"] == pytest.approx(math.sqrt(200))
@@ -122,6 +128,7 @@ def test_verdict_by_hand() -> None:
 
 
 def test_verdict_of_a_federated_arm_alone() -> None:
-    rows = verdict({"federated": [arm(4, 3)]}, parity=None, full_bytes=0, time_split={})
+    found = verdict({"federated": [arm(4, 3)]}, parity=None, full_bytes=0, time_split={})
+    rows = found.to_json()
     assert rows["gap_centralized_pct"] is rows["gain_over_local_pct"] is rows["parity"] is None
     assert rows["bytes_ratio_full"] is None

@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune.deploy.view import RunState, View, render
+from fedtune.results.round_record import RoundRecord
 
 RUN = RunState("7", "running", 187.4, "2026-11-21 02:20:33Z", output_dir=Path("/srv/run"))
 OLD = RunState("5", "finished:failed", 4000, "2026-11-20 02:20:33Z", details="no site joined")
 
 
 def line(number, **more):
-    return {
+    plain = {
         "round": number,
         "train_loss": None if number == 0 else 2.5 - number / 10,
         "eval_loss": 3.0 - number / 10,
@@ -21,6 +22,7 @@ def line(number, **more):
         "refused": [],
         **more,
     }
+    return RoundRecord.from_json(plain)
 
 
 VIEW = View(

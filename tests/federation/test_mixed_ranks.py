@@ -291,4 +291,4 @@ def plain_losses(alone: Worker, clients: Worker, params: dict[str, Tensor]) -> l
     trainer = alone.new_trainer(alone.train["client-0"], clients.evaluation, "plain")
     marks, own = [STEPS, 2 * STEPS], cut(params, shapes)
     run = run_plain(trainer, own, alone.manifest, max_steps=marks[-1], marks=marks, mark_by="steps")
-    return [record["eval_loss"] for record in run.history]
+    return [record.eval_loss for record in run.history]

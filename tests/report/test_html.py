@@ -108,7 +108,7 @@ def test_every_text_is_escaped_wherever_it_comes_from(tmp_path: Path):
     raw["data"]["clients"][0] = {"client": evil, "labels": {evil: 3}, "owned": [evil]}
     rounds = made_up_rounds(raw)
     raw["arms"]["federated"][evil] = [0.5, 0.6, 0.7]
-    rounds[0] |= {"refused": [{"node": evil, "reason": evil}], "time_split": {evil: 1.0}}
+    rounds[0] |= {"refused": [{"node": evil, "reason": evil}], "time": {evil: 1.0}}
     page = render_report(write_run(tmp_path / "a&b<i>", raw, rounds))
     check_page(page)
     assert "<b onclick" not in page

@@ -90,7 +90,7 @@ def test_local_is_drawn_at_its_rounds_with_best_and_worst(run_dir: Path):
     curves = {curve.tone: curve for curve in loss_curves(summary)}
     local = curves["local"]
     assert local.x == curves["federated"].x
-    finals = [client.eval_loss[-1] for client in summary.arms["local"].clients]
+    finals = [client.eval_loss[-1] for client in summary.arms["local"].clients.values()]
     assert (local.low[-1], local.high[-1]) == (min(finals), max(finals))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.report import load_rounds, load_summary, render_report, traffic_table, verdict_lines
-from fedtune.report.records import WireBytes
 from fedtune.report.transport import codec_of, moved
+from fedtune.results.round_record import WireBytes
 from tests.report.made_up import HOSTILE, write_run
 from tests.report.test_html import check_page, words
 

@@ -117,7 +117,8 @@ def test_half_a_record_is_shown_as_far_as_it_goes():
         "num_rounds": None,
         "clients": [{"client": None}, 7],
     }
-    rounds = [{}, {"round": 1, "eval_loss": float("nan"), "train_loss": None, "replies": None}]
+    half = {"round": 1, "eval_loss": float("nan"), "train_loss": None, "replies": None}
+    rounds = [RoundRecord.from_json(plain) for plain in ({}, half)]
     text = render(replace(VIEW, federation=federation, rounds=rounds))
     assert "run 7: running" in text
     assert "nan" not in text

@@ -137,7 +137,7 @@ def _add(
 
 def _plot(args: argparse.Namespace) -> int:
     from fedtune.report.formats import render_runs
-    from fedtune.report.html import write_report
+    from fedtune.report.page import write_report
     from fedtune.report.plots import draw_compare, draw_loss, drawn
     from fedtune.report.side_by_side import run_rows
     from fedtune.report.table import traffic_table

@@ -9,10 +9,10 @@ from typing import Any
 from fedtune.compare.facts import Facts
 from fedtune.files import read_json, write_json
 from fedtune.lists import split_names
+from fedtune.report.comparison_page import write_comparison_page
 from fedtune.report.formats import records, render_runs
 from fedtune.report.plots import draw_compare, drawn
 from fedtune.report.several import STRATEGIES, folder_of, run_directories
-from fedtune.report.several_html import write_comparison_page
 from fedtune.report.side_by_side import run_rows
 from fedtune.report.unlike import notes
 from fedtune.results.summary import SUMMARY, Ending, Summary, load_summary

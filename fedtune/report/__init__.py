@@ -1,6 +1,6 @@
 """What a run shows: tables, figures, `report.html`, progress and trackers. Reads files only."""
 
-from fedtune.report.html import render_report, write_report
+from fedtune.report.page import render_report, write_report
 from fedtune.report.plots import draw_compare, draw_loss
 from fedtune.report.progress import Progress
 from fedtune.report.table import comparison_table, traffic_table, verdict_lines

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from fedtune.report import text
-from fedtune.report.markup import cell, sub, table
-from fedtune.report.svg import esc
+from fedtune.report.blocks import Cell, Table, cells
 from fedtune.results.summary import Summary
 from fedtune.results.verdict import OwnRow
 
@@ -38,30 +37,28 @@ def own_rows_line(summary: Summary) -> str:
     )
 
 
-def own_rows_table(summary: Summary) -> str:
-    """One line per client; empty where nobody was scored on rows of its own."""
+def own_rows_table(summary: Summary) -> Table:
+    """One line per client; none where nobody was scored on rows of its own."""
     rows = summary.verdict.own
-    if not rows:
-        return ""
-    central = any(row.losses.get("centralized") is not None for row in rows)
-    heads = ["Client", "#Own rows", "#Alone", "#Federated"]
-    heads += ["#Centralized"] * central + ["#Gain"]
+    arms = ["local", "federated"]
+    arms += ["centralized"] * any(row.losses.get("centralized") is not None for row in rows)
+    names = {"local": "#Alone", "federated": "#Federated", "centralized": "#Centralized"}
     owned = {client.client: ", ".join(client.owned) for client in summary.clients}
-    body = []
-    for row in rows:
-        tone = "n" if row.gain_pct is None else "n good" if row.gain_pct > 0 else "n bad"
-        body.append(
-            [
-                f'<td class="name">{esc(row.client)}{sub(owned.get(row.client, ""))}</td>',
-                cell(text.count(row.rows), "n"),
-                cell(text.loss(row.losses.get("local")), "n"),
-                cell(text.loss(row.losses.get("federated")), "n"),
-                *[cell(text.loss(row.losses.get("centralized")), "n")] * central,
-                cell(text.percent(row.gain_pct, signed=True), tone),
-            ]
-        )
-    title = '<h3 class="later">Each client on its own held-out rows</h3>'
-    return f'{title}<p class="note">{NOTE}</p>{table(heads, body)}'
+    body = [
+        [
+            Cell(row.client, "name", owned.get(row.client, "")),
+            Cell(text.count(row.rows), "n"),
+            *cells([text.loss(row.losses.get(arm)) for arm in arms]),
+            Cell(text.percent(row.gain_pct, signed=True), _tone(row.gain_pct)),
+        ]
+        for row in rows
+    ]
+    heads = ["Client", "#Own rows", *(names[arm] for arm in arms), "#Gain"]
+    return Table(heads, body, "Each client on its own held-out rows", NOTE)
+
+
+def _tone(gain: float | None) -> str:
+    return "n" if gain is None else "n good" if gain > 0 else "n bad"
 
 
 def _known(summary: Summary) -> list[OwnRow]:

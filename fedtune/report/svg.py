@@ -12,21 +12,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from markupsafe import Markup
+
 from fedtune.report import text
 from fedtune.report.curves import Curve
 from fedtune.results.series import Values, last
 
-__all__ = ["Shape", "esc", "line_chart", "nice_ticks", "spread_out"]
+__all__ = ["Shape", "line_chart", "nice_ticks", "printable", "spread_out"]
 
 MARKERS = 40  # more points than this get no dots
 LABEL_GAP = 18.0  # px between two end labels
 
 
+def printable(value: object) -> str:
+    """Text without control characters, which no document may hold."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "", f"{value}")
+
+
 def esc(value: object) -> str:
-    """Text for HTML and SVG; control characters, which no document may hold, are dropped."""
-    return escape(
-        re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "", f"{value}")
-    )
+    """Text for SVG."""
+    return escape(printable(value))
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,12 @@ def line_chart(
     css: str = "",
     zero: bool = False,
     start: str = "",
-) -> str:
+) -> Markup:
     """One `<svg>`; `zero` puts y = 0 into view and rules it; `start` names the first value."""
     xs = [x for curve in curves for x in curve.x if x is not None]
     ys = [y for c in curves for y in (*c.y, *c.low, *c.high) if y is not None]
     if not xs or not ys:
-        return ""
+        return Markup("")
     x_low, x_high = _limits(xs, 0.0)
     y_low, y_high = _limits([*ys, 0.0] if zero else ys, 0.06)
     x = Scale(x_low, x_high, shape.left, shape.width - shape.right)
@@ -83,7 +88,7 @@ def line_chart(
         _end_labels(curves, x, y, shape, y_text) if shape.right > 30 else "",
         _start_label(curves, x, y, y_text, start),
     ]
-    return (
+    return Markup(
         f'<svg class="{css}" viewBox="0 0 {shape.width} {shape.height}" role="img" '
         f'aria-label="{esc(title)}">{"".join(parts)}</svg>'
     )

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 
 from fedtune.report import text
-from fedtune.report.markup import cell, section, table
+from fedtune.report.blocks import Cell, Section, Table, cells
 from fedtune.report.rows import total
-from fedtune.report.svg import esc
 from fedtune.results.round_record import RoundRecord, WireBytes
 from fedtune.results.summary import Summary
 
-__all__ = ["codec_of", "moved", "of_raw", "transport_section"]
+__all__ = ["codec_of", "moved", "of_raw", "section"]
 
 
 def codec_of(summary: Summary) -> str | None:
@@ -33,26 +32,28 @@ def of_raw(sent: float | None, raw: float | None) -> str:
     return text.percent(100 * sent / raw if raw and sent is not None else None)
 
 
-def transport_section(summary: Summary, rounds: Sequence[RoundRecord], seed: str | None) -> str:
+def section(summary: Summary, rounds: Sequence[RoundRecord], seed: str | None) -> Section | None:
     """By direction, and by client where the rounds say it; nothing without a codec."""
-    codec, all_of_it = codec_of(summary), moved(summary)
+    codec, everything = codec_of(summary), moved(summary)
     if codec is None:
-        return ""
+        return None
     one_way = {"up": "down", "down": "up"}.get(summary.setting("codec_direction") or "")
     rows = [
         [
-            cell(direction, "name"),
-            cell("none" if direction == one_way else codec, ""),
+            Cell(direction, "name"),
+            Cell("none" if direction == one_way else codec),
             *_figures(raw, sent),
         ]
         for direction, raw, sent in (
-            ("up", all_of_it.up_raw, all_of_it.up),
-            ("down", all_of_it.down_raw, all_of_it.down),
-            ("both", all_of_it.raw, all_of_it.sent),
+            ("up", everything.up_raw, everything.up),
+            ("down", everything.down_raw, everything.down),
+            ("both", everything.raw, everything.sent),
         )
     ]
-    ways = table(["Direction", "Codec", "#MB raw", "#MB sent", "#Of raw"], rows)
-    return section("Transport", _note(summary), ways + _by_client(rounds, seed))
+    ways = Table(["Direction", "Codec", "#MB raw", "#MB sent", "#Of raw"], rows)
+    by_client = _by_client(rounds, seed)
+    tables = [ways, *([by_client] if by_client.rows else [])]
+    return Section("Transport", _note(summary), tables)
 
 
 def _note(summary: Summary) -> str:
@@ -63,24 +64,21 @@ def _note(summary: Summary) -> str:
     return f"{words}. Raw: the same records without it; manifests and numbers are in both."
 
 
-def _by_client(rounds: Sequence[RoundRecord], seed: str | None) -> str:
+def _by_client(rounds: Sequence[RoundRecord], seed: str | None) -> Table:
     names = dict.fromkeys(name for row in rounds for name in row.clients)
     rows = []
     for name in names:
         traffic = _sum(row.clients[name] for row in rounds if name in row.clients)
         up, down = _figures(traffic.up_raw, traffic.up), _figures(traffic.down_raw, traffic.down)
-        share = cell(of_raw(traffic.sent, traffic.raw), "n")
-        rows.append([cell(name, "name"), *up[:2], *down[:2], share])
-    if not rows:
-        return ""
+        share = Cell(of_raw(traffic.sent, traffic.raw), "n")
+        rows.append([Cell(name, "name"), *up[:2], *down[:2], share])
     heads = ["Client", "#MB up, raw", "#Sent", "#MB down, raw", "#Sent", "#Of raw"]
     title = f"Clients, rounds 1 to {len(rounds)}{f' of seed {seed}' if seed else ''}"
-    return f'<h3 class="later">{esc(title)}</h3>{table(heads, rows)}'
+    return Table(heads, rows, title)
 
 
-def _figures(raw: float | None, sent: float | None) -> list[str]:
-    words = (text.megabytes(raw), text.megabytes(sent), of_raw(sent, raw))
-    return [cell(word, "n") for word in words]
+def _figures(raw: float | None, sent: float | None) -> list[Cell]:
+    return cells([text.megabytes(raw), text.megabytes(sent), of_raw(sent, raw)])
 
 
 def _sum(rounds: Iterable[WireBytes]) -> WireBytes:

@@ -15,6 +15,7 @@ from urllib.request import getproxies
 
 from packaging.requirements import Requirement
 
+from fedtune.aligned import aligned
 from fedtune.proxies import shown
 
 __all__ = ["Row", "examine", "render"]
@@ -46,14 +47,9 @@ def examine() -> list[Row]:
 
 def render(rows: list[Row]) -> str:
     """The rows as an aligned table and a last line that counts faults."""
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        lines.append("  ".join([*cells, row.note]))
     faults = sum(row.status == "FAIL" for row in rows)
     warnings = sum(row.status == "warn" for row in rows)
-    return "\n".join(line.rstrip() for line in [*lines, f"{faults} faults, {warnings} warnings"])
+    return "\n".join([*aligned(rows, right=()), f"{faults} faults, {warnings} warnings"])
 
 
 def _guarded(check: Callable[[], Iterator[Row]]) -> Iterator[Row]:

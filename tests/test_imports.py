@@ -16,6 +16,7 @@ LEVELS = (
     {"errors"},
     {"_flower"},
     {
+        "aligned",
         "assets",
         "config",
         "decisive",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from fedtune.aligned import aligned
 from fedtune.data.columns import shown_names
 from fedtune.data.silos import Silos
 from fedtune.data.usage import Usage
@@ -62,16 +63,9 @@ def format_table(table: Sequence[dict[str, Any]]) -> str:
         "; ".join(part for part in (_mix(row, labels), _owned(row["owned"])) if part)
         for row in table
     ]
-    lines = zip(*([title, *cells] for title, cells in columns.items()), strict=True)
-    widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
-    return "\n".join(
-        _fit("  ".join((*map(_aligned, line, widths, range(len(line))), tail)).rstrip())
-        for line, tail in zip(lines, tails, strict=True)
-    )
-
-
-def _aligned(cell: str, width: int, place: int) -> str:
-    return cell.rjust(width) if place else cell.ljust(width)
+    columns_of = [[title, *cells] for title, cells in columns.items()]
+    lines = aligned(list(zip(*columns_of, tails, strict=True)), right=range(1, len(columns)))
+    return "\n".join(map(_fit, lines))
 
 
 def _number(value: int | None) -> str:

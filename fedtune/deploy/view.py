@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from fedtune.aligned import aligned
 from fedtune.report import text
 from fedtune.results.round_record import RoundRecord
 from fedtune.results.values import count, items, mapping
@@ -83,7 +84,8 @@ def _runs(view: View) -> list[str]:
         mark = ">" if view.shown is not None and run.id == view.shown.id else ""
         where = str(run.output_dir or text.DASH)
         rows.append((mark, run.id, run.status, _duration(run.elapsed_s), run.started, where))
-    lines = _table(rows, right=(3,))
+    skip = 0 if any(mark for mark, *_ in rows) else 1
+    lines = aligned([row[skip:] for row in rows], right=(3 - skip,))
     hidden = len(view.runs) - SHOWN_RUNS
     return [*lines, f"  and {hidden} older"] if hidden > 0 else lines
 
@@ -137,7 +139,7 @@ def _clients(view: View, width: int) -> list[str]:
         rows.append((name, last, str(row.get("state", text.DASH))))
         if row.get("problem"):
             problems.append(f"{name}: {row['problem']}")
-    lines = ["", *_table(rows, right=())]
+    lines = ["", *aligned(rows, right=())]
     if len(clients) > SHOWN_NAMES:
         lines.append(f"  and {len(clients) - SHOWN_NAMES} more")
     return [*lines, *_sentences(problems, width)]
@@ -162,23 +164,8 @@ def _rounds(rounds: Sequence[RoundRecord]) -> list[str]:
                 text.seconds(row.wall_s),
             )
         )
-    lines = ["", *_table(rows, right=range(len(ROUND_COLUMNS)))]
+    lines = ["", *aligned(rows, right=range(len(ROUND_COLUMNS)))]
     return [*lines, "* lowest eval loss"] if best is not None else lines
-
-
-def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        words = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(cells)
-        ]
-        lines.append(
-            "  ".join(words).strip() if not row[0] and widths[0] == 0 else "  ".join(words)
-        )
-    return [line.rstrip() for line in lines]
 
 
 def _duration(seconds: float) -> str:

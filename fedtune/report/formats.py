@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fedtune.aligned import aligned, padded
 from fedtune.report import text
 from fedtune.report.intervals import Interval
 from fedtune.report.side_by_side import RunRow
@@ -27,17 +28,17 @@ def render_runs(rows: Sequence[RunRow], notes: Sequence[Note], style: str) -> st
 
 
 def _plain(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    lines = _aligned(cells(rows))
-    lines.insert(1, "-" * max(map(len, lines)))
+    table = cells(rows)
+    lines = aligned(table, range(1, len(table[0])), rule=True)
     return "\n".join([*lines, *_under(notes)])
 
 
 def _markdown(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    rows_of = [[cell.replace("|", "\\|") for cell in row] for row in cells(rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*rows_of, strict=True)]
-    lines = [" | ".join(_padded(row, widths)) for row in rows_of]
-    rule = " | ".join("-" * w if not i else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    table = [f"| {line} |" for line in (lines[0], rule, *lines[1:])]
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in cells(rows)]
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    lines = padded([head, rule, *body], range(1, len(head)))
+    lines[1] = [cell.replace(" ", "-") for cell in lines[1]]
+    table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([*table, *(["", *_under(notes, "- ")] if notes else [])])
 
 
@@ -190,17 +191,6 @@ def _sum(one: float | None, other: float | None) -> float | None:
 
 def _under(notes: Sequence[Note], bullet: str = "") -> list[str]:
     return [f"{bullet}{'warning: ' if note.serious else ''}{note.words}" for note in notes]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """First column to the left, the others to the right."""
-    pairs = list(zip(row, widths, strict=True))
-    return [pairs[0][0].ljust(pairs[0][1]), *(cell.rjust(width) for cell, width in pairs[1:])]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(_padded(row, widths)).rstrip() for row in lines]
 
 
 SPECIAL = {

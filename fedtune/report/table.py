@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedtune.aligned import aligned
 from fedtune.report import text
 from fedtune.report.concerns import concerns, made_worse
 from fedtune.report.curves import run_names
@@ -40,7 +41,7 @@ def comparison_table(summary: Summary) -> str:
                 *(text.loss(row.metrics.get(name)) for name in metrics),
             )
         )
-    return _aligned(rows)
+    return "\n".join(aligned(rows, range(1, len(rows[0])), rule=True))
 
 
 def traffic_table(summaries: Sequence[Summary]) -> str:
@@ -60,7 +61,7 @@ def traffic_table(summaries: Sequence[Summary]) -> str:
                 text.loss(final(summary.federated.mean.eval_loss)),
             )
         )
-    return _aligned(rows)
+    return "\n".join(aligned(rows, range(1, len(rows[0])), rule=True))
 
 
 def _less(raw: float | None, sent: float | None) -> str:
@@ -105,15 +106,3 @@ def _cost(summary: Summary) -> list[str]:
         parts = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in times.items())
         lines.append(f"time: {parts}")
     return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -446,7 +446,7 @@ def run_program(
     command: Sequence[str], home: Path, settings: dict[str, str], scratch: Path
 ) -> None:
     """Run a peer to its end; nothing it starts is left, whatever happens."""
-    from fedtune.deploy.processes import Supervisor
+    from fedtune.processes.supervisor import Supervisor
 
     if shutil.which(command[0]) is None:
         raise RuntimeError(f"there is no program {command[0]}")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fedtune.errors import ConfigError, FedtuneError
-from fedtune.last import say_last, words_of
-from fedtune.signals import Stopped, ends_once, interrupted_by, status_of
+from fedtune.processes.last_line import say_last, words_of
+from fedtune.processes.signals import Stopped, ends_once, interrupted_by, status_of
 
 if TYPE_CHECKING:
     from fedtune.report.records import Summary
@@ -25,18 +25,16 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-# name -> module of fedtune.deploy, suffix of its two functions, help
+# modules of fedtune.deploy, one a command
 DEPLOYMENT = {
-    "certs": ("certs", "", "Make the certificates and keys of a server and its sites."),
-    "up": ("superlink", "", "Start the server that sites connect to."),
-    "join": ("site", "", "Take part as a site, with its own training script."),
-    "submit": ("submit", "", "Start a federated run and follow it."),
-    "status": ("runs", "_status", "Show runs, sites, rounds and losses."),
-    "stop": ("runs", "_stop", "End a run."),
-    "logs": ("runs", "_logs", "Show the log of a run."),
+    "certs": "Make the certificates and keys of a server and its sites.",
+    "up": "Start the server that sites connect to.",
+    "join": "Take part as a site, with its own training script.",
+    "submit": "Start a federated run and follow it.",
+    "status": "Show runs, sites, rounds and losses.",
+    "stop": "End a run.",
+    "logs": "Show the log of a run.",
 }
-
-
 OF_RUNS = "--output_dir of a run; one of several strategies stands for all of them"
 TABLES = ("table", "markdown", "csv", "latex", "json")
 
@@ -113,12 +111,12 @@ def _parser(asked: str) -> argparse.ArgumentParser:
     )
 
     _add(commands, "doctor", _doctor, "Check this machine and its packages.")
-    for name, (home, suffix, help) in DEPLOYMENT.items():
+    for name, help in DEPLOYMENT.items():
         command = _add(commands, name, _doctor, help)
         if name == asked:
-            module = import_module(f"fedtune.deploy.{home}")
-            command.set_defaults(command=getattr(module, f"run{suffix}"))
-            getattr(module, f"add{suffix}_arguments")(command)
+            module = import_module(f"fedtune.deploy.{name}")
+            command.set_defaults(command=module.run)
+            module.add_arguments(command)
     return parser
 
 

@@ -17,9 +17,9 @@ from fedtune.decisive import run_settings
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.lock import check_free, hold
 from fedtune.output import check_output_dir, prepare_output_dir
+from fedtune.processes.signals import Stopped, interrupted_by, stoppable
 from fedtune.relay.folder import RunFolder
 from fedtune.settings import parse_arguments
-from fedtune.signals import Stopped, interrupted_by, stoppable
 
 __all__ = ["launch", "quiet_libraries"]
 

@@ -30,7 +30,7 @@ from fedtune.files import read_json, write_json
 from fedtune.lock import hold
 from fedtune.output import MARKER, write_marker
 from fedtune.prepare import Prepared, prepare
-from fedtune.signals import interrupted_by
+from fedtune.processes.signals import interrupted_by
 
 __all__ = ["facts_of", "run_seeds", "surviving"]
 

@@ -14,7 +14,6 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 LEVELS = (
     {"errors"},
-    {"_flower"},
     {
         "aligned",
         "assets",
@@ -22,14 +21,13 @@ LEVELS = (
         "decisive",
         "failures",
         "files",
-        "last",
         "lists",
         "lock",
         "nearest",
+        "processes",
         "proxies",
-        "signals",
     },
-    {"output", "ranges", "results", "settings", "data", "report", "doctor"},
+    {"_flower", "output", "ranges", "results", "settings", "data", "report", "doctor"},
     {"adapters"},
     {"strategies", "transport"},
     {"checks"},

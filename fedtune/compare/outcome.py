@@ -22,13 +22,13 @@ from fedtune.errors import FedtuneError
 from fedtune.files import read_json, write_json
 from fedtune.lock import holder
 from fedtune.output import forget_ending
+from fedtune.processes.signals import held, interrupted_by
 from fedtune.report import comparison_table, verdict_lines, write_report
 from fedtune.report.plots import draw_loss, drawn
 from fedtune.report.several import run_directories
 from fedtune.report.verdict import headline
 from fedtune.results.summary import SUMMARY, Ending, Summary, load_summary
 from fedtune.server.submission import FEDERATION
-from fedtune.signals import held, interrupted_by
 
 __all__ = ["COMPLETED", "leaving", "settle", "way_on", "write_outcome"]
 

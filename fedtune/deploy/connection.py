@@ -16,13 +16,13 @@ from typing import Any, Self
 
 from fedtune.deploy.address import Address
 from fedtune.deploy.gate import GATE
-from fedtune.deploy.parent import die_with_parent
 from fedtune.deploy.probe import probe
-from fedtune.deploy.processes import COLOURS
 from fedtune.deploy.proxy import LOCAL, environment
 from fedtune.deploy.roles import ca_certificate
 from fedtune.errors import ConfigError, DeployError
-from fedtune.signals import held
+from fedtune.processes.parent import die_with_parent
+from fedtune.processes.signals import held
+from fedtune.processes.supervisor import COLOURS
 
 __all__ = ["Connection", "flower_environment", "flower_program"]
 

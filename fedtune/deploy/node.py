@@ -23,8 +23,8 @@ from fedtune._flower.run_watch import RunWatch
 from fedtune._flower.supernode import NodeOptions, run_supernode, run_untested_supernode
 from fedtune._flower.version import TESTED, flower_version, is_tested
 from fedtune.deploy.bundle import APP, app_hash
-from fedtune.deploy.parent import die_with_parent
 from fedtune.errors import ConfigError, FedtuneError, SiteError
+from fedtune.processes.parent import die_with_parent
 from fedtune.relay.folder import Over, RunFolder
 from fedtune.relay.site import ENVIRONMENT, SiteFolder
 

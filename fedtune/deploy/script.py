@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedtune.deploy.processes import COLOURS, Part, Supervisor
 from fedtune.errors import SiteError
 from fedtune.failures import Failure, printed_failure
 from fedtune.files import append_line
+from fedtune.processes.supervisor import COLOURS, Part, Supervisor
 from fedtune.relay.folder import ENVIRONMENT, Over, RunFolder, SitePlan
 
 __all__ = ["LogLines", "Script", "without_bars"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fedtune.deploy.address import Address
 from fedtune.deploy.lookout import Lookout, Say
-from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.script import LogLines
 from fedtune.errors import DeployError
+from fedtune.processes.supervisor import Part, Supervisor
 
 __all__ = ["SiteNode"]
 

@@ -26,17 +26,17 @@ from fedtune.deploy.address import Address
 from fedtune.deploy.bundle import APP
 from fedtune.deploy.connection import Connection
 from fedtune.deploy.follow import follow
-from fedtune.deploy.register import check_register, remember_run
-from fedtune.deploy.runs import list_runs
+from fedtune.deploy.submitted_runs import check_register, remember_run
+from fedtune.deploy.superlink_runs import list_runs
 from fedtune.deploy.waiting import START_S, NotStarted
 from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_object
-from fedtune.last import say_last
 from fedtune.lists import split_names
 from fedtune.lock import hold, holder
 from fedtune.output import check_output_dir, prepare_output_dir
+from fedtune.processes.last_line import say_last
+from fedtune.processes.signals import Stopped, held, status_of
 from fedtune.server.submission import SUBMISSION, Submission
-from fedtune.signals import Stopped, held, status_of
 
 __all__ = ["add_arguments", "facts_of", "run", "run_problem", "start_run"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.follow import follow
-from fedtune.deploy.processes import Part, Supervisor, free_port
 from fedtune.deploy.submit import run_problem, start_run
-from fedtune.deploy.superlink import start_superlink
+from fedtune.deploy.up import start_superlink
 from fedtune.errors import DeployError
+from fedtune.processes.supervisor import Part, Supervisor, free_port
 from fedtune.server.submission import Submission
 
 __all__ = ["run_flower"]

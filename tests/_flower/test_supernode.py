@@ -10,8 +10,8 @@ import pytest
 
 from fedtune._flower.executor import ATTEMPTS
 from fedtune._flower.version import TESTED
-from fedtune.deploy import parent
 from fedtune.deploy.bundle import app_hash
+from fedtune.processes import parent
 from tests._flower.federations import ECHO, Federation, family, kill, lives, until
 
 

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 from fedtune.cli import main as fedtune
-from fedtune.deploy import site
+from fedtune.deploy import join
 from fedtune.relay.site import SiteFolder
 
 
 def main() -> int:
-    def node_command(settings: site.Settings, folder: SiteFolder) -> list[str | Path]:
+    def node_command(settings: join.Settings, folder: SiteFolder) -> list[str | Path]:
         return [sys.executable, "-m", "tests.deploy.fake_node", "--site", folder.path]
 
-    site.node_command = node_command  # type: ignore[assignment]
+    join.node_command = node_command  # type: ignore[assignment]
     status = fedtune(["join", *sys.argv[1:]])
     assert "torch" not in sys.modules
     return status

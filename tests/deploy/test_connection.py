@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import connection, register
+from fedtune.deploy import connection, submitted_runs
 from fedtune.deploy import probe as probes
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.probe import probe
-from fedtune.deploy.processes import free_port
-from fedtune.deploy.register import known_runs, remember_run
+from fedtune.deploy.submitted_runs import known_runs, remember_run
 from fedtune.errors import ConfigError, DeployError
+from fedtune.processes.supervisor import free_port
 
 
 class Site(http.server.BaseHTTPRequestHandler):
@@ -199,7 +199,7 @@ def test_runs_are_remembered_by_many_writers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     remember_run("1", Path("here"))
     assert known_runs()["1"] == tmp_path / "here"
-    monkeypatch.setattr(register, "KEPT_RUNS", 2)
+    monkeypatch.setattr(submitted_runs, "KEPT_RUNS", 2)
     remember_run("99", tmp_path)
     assert len(known_runs()) == 2
     assert known_runs()["99"] == tmp_path

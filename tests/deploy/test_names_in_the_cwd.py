@@ -13,8 +13,8 @@ import pytest
 import fedtune
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection, flower_program
-from fedtune.deploy.processes import free_port
-from tests.deploy.programs import Program, left, wait_for
+from fedtune.processes.supervisor import free_port
+from tests.processes.programs import Program, left, wait_for
 
 PACKAGE = Path(fedtune.__file__).parent
 SAFE = {"-P", "-I"}  # the working directory is not searched for modules
@@ -37,7 +37,7 @@ def test_every_command_line_of_a_module_leaves_the_working_directory_out() -> No
         file.relative_to(PACKAGE).as_posix(): command_lines(file) for file in PACKAGE.rglob("*.py")
     }
     found = {name: words for name, words in lines.items() if words and name not in BY_HAND}
-    assert {"deploy/site.py", "deploy/superlink.py", "engines/flower.py"} <= set(found)
+    assert {"deploy/join.py", "deploy/up.py", "engines/flower.py"} <= set(found)
     unsafe = [
         (name, ast.unparse(words[1]))
         for name, all_words in found.items()

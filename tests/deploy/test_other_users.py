@@ -17,9 +17,9 @@ import pytest
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import Connection
 from fedtune.deploy.probe import NotYet, probe
-from fedtune.deploy.processes import free_port
-from tests.deploy.programs import Program, wait_for
+from fedtune.processes.supervisor import free_port
 from tests.deploy.users import OTHER, THIRD, as_user, needs_users
+from tests.processes.programs import Program, wait_for
 
 pytestmark = [needs_users, pytest.mark.slow]
 

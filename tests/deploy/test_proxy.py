@@ -11,14 +11,14 @@ from fedtune import doctor
 from fedtune.deploy.address import Address
 from fedtune.deploy.certs import make_certs
 from fedtune.deploy.probe import NotYet, probe
-from fedtune.deploy.processes import free_port
 from fedtune.deploy.proxy import Proxy, environment, proxy_of
 from fedtune.errors import DeployError
+from fedtune.processes.supervisor import free_port
 from fedtune.proxies import shown
 from tests.conftest import REPOSITORY
 from tests.deploy.forwarding import forwarding
-from tests.deploy.programs import Program, up
 from tests.deploy.test_connection import web_server
+from tests.processes.programs import Program, up
 
 SECRET = "s3cr:t"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.deploy.processes import free_port
+from fedtune.processes.supervisor import free_port
 
 __all__ = ["Host", "hosts"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from fedtune.deploy.processes import free_port
+from fedtune.processes.supervisor import free_port
 from tests.conftest import REPOSITORY
 
 MARK = "FEDTUNE_TEST_DEPLOYMENT"  # in the environment of all its processes

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.deploy.certs import make_certs
-from fedtune.deploy.processes import free_port
+from fedtune.processes.supervisor import free_port
 from tests.recipes.runs import tree
 
 

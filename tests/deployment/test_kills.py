@@ -10,7 +10,6 @@ import time
 import pytest
 from torch import Tensor
 
-from tests.deploy.programs import left
 from tests.deployment.parts import (
     Deployment,
     clientapp,
@@ -32,6 +31,7 @@ from tests.deployment.runs import (
     same,
     times,
 )
+from tests.processes.programs import left
 
 pytestmark = pytest.mark.slow
 

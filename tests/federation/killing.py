@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.signals import Stopped, stoppable
+from fedtune.processes.signals import Stopped, stoppable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -7,9 +7,9 @@ import sys
 import psutil
 import pytest
 
-from fedtune.deploy.processes import Supervisor, free_port
 from fedtune.errors import ConfigError, DeployError
-from tests.deploy.programs import Program, left, lives, wait_for
+from fedtune.processes.supervisor import Supervisor, free_port
+from tests.processes.programs import Program, left, lives, wait_for
 
 # Its children: one in a session of its own, one without our mark, one orphan; it ignores SIGTERM.
 STUBBORN = """
@@ -24,7 +24,7 @@ sleep 1004; true
 SUPERVISOR = """
 import sys
 from pathlib import Path
-from fedtune.deploy.processes import Supervisor
+from fedtune.processes.supervisor import Supervisor
 with Supervisor(Path(sys.argv[1]), grace_s=0.3) as parts:
     parts.start("stubborn", ["bash", "-c", sys.argv[2]])
     while len(parts.processes()) < 5:

@@ -15,9 +15,9 @@ import argparse, importlib, sys
 from fedtune.errors import FedtuneError
 module = importlib.import_module(sys.argv[1])
 parser = argparse.ArgumentParser()
-getattr(module, sys.argv[2])(parser)
+module.add_arguments(parser)
 try:
-    sys.exit(getattr(module, sys.argv[3])(parser.parse_args(sys.argv[4:])))
+    sys.exit(module.run(parser.parse_args(sys.argv[2:])))
 except FedtuneError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -66,7 +66,7 @@ class Program:
 
 def up(*words):
     """`fedtune up`."""
-    return Program(COMMAND, "fedtune.deploy.superlink", "add_arguments", "run", *words)
+    return Program(COMMAND, "fedtune.deploy.up", *words)
 
 
 def left(processes, within_s=5.0):

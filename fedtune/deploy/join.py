@@ -24,15 +24,15 @@ from fedtune.deploy import roles
 from fedtune.deploy.address import Address
 from fedtune.deploy.connection import flower_environment
 from fedtune.deploy.lookout import Lookout, Say
-from fedtune.deploy.processes import Supervisor
 from fedtune.deploy.proxy import environment, proxy_of
 from fedtune.deploy.script import Script
 from fedtune.deploy.site_node import POLL_S, SiteNode
 from fedtune.errors import ConfigError, DeployError
-from fedtune.last import say_last
+from fedtune.processes.last_line import say_last
+from fedtune.processes.signals import Stopped, status_of
+from fedtune.processes.supervisor import Supervisor
 from fedtune.relay.limits import Limits
 from fedtune.relay.site import SiteFolder
-from fedtune.signals import Stopped, status_of
 
 __all__ = ["Settings", "add_arguments", "join", "node_command", "run"]
 

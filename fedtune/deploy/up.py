@@ -15,11 +15,11 @@ from fedtune.deploy.connection import Connection, flower_environment
 from fedtune.deploy.gate import GATE
 from fedtune.deploy.opening import OPENED
 from fedtune.deploy.probe import NotYet, probe
-from fedtune.deploy.processes import Part, Supervisor
 from fedtune.deploy.roles import ServerFolder, server_folder
 from fedtune.errors import ConfigError, DeployError
-from fedtune.last import say_last
-from fedtune.signals import Stopped, status_of
+from fedtune.processes.last_line import say_last
+from fedtune.processes.signals import Stopped, status_of
+from fedtune.processes.supervisor import Part, Supervisor
 
 __all__ = ["SuperLink", "add_arguments", "run", "start_superlink"]
 

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from fedtune.last import words_of
-from fedtune.signals import Stopped, ends_once, status_of
+from fedtune.processes.last_line import words_of
+from fedtune.processes.signals import Stopped, ends_once, status_of
 
 ENDING = """
 import os, signal, sys, time
-from fedtune.signals import Stopped, ends_once, interrupted_by, status_of
+from fedtune.processes.signals import Stopped, ends_once, interrupted_by, status_of
 with ends_once():
     try:
         print("ready", flush=True)
@@ -63,7 +63,7 @@ def test_the_status_of_a_signal():
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_line_that_nobody_can_read_changes_no_status(stream):
     code = (
-        "import sys; from fedtune.last import say_last; "
+        "import sys; from fedtune.processes.last_line import say_last; "
         f"say_last('over', sys.{stream}); sys.exit(143)"
     )
     read, write = os.pipe()

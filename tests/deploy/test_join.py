@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedtune.deploy import site as module
+from fedtune.deploy import join as module
 from fedtune.deploy.script import LogLines
 from fedtune.errors import ConfigError, DeployError
 from tests.conftest import REPOSITORY

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy import submit
-from fedtune.deploy.register import check_register, known_runs, remember_run
+from fedtune.deploy.submitted_runs import check_register, known_runs, remember_run
 from fedtune.errors import ConfigError
 
 

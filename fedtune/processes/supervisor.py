@@ -21,11 +21,11 @@ from typing import NoReturn, Self
 
 import psutil
 
-from fedtune.deploy import parent
-from fedtune.deploy.family import GIVE_UP_S, MARK, POLL_S, family, start_sweeper, subreaper
 from fedtune.errors import ConfigError, DeployError
 from fedtune.failures import signal_name
-from fedtune.signals import STOPPING, stoppable
+from fedtune.processes import parent
+from fedtune.processes.family import GIVE_UP_S, MARK, POLL_S, family, start_sweeper, subreaper
+from fedtune.processes.signals import STOPPING, stoppable
 
 __all__ = ["Part", "Supervisor", "free_port"]
 

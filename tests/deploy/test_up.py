@@ -14,17 +14,21 @@ import time
 import psutil
 import pytest
 
-from fedtune.deploy import runs, superlink
+from fedtune.deploy import logs, stop
+from fedtune.deploy import status as status_command
+from fedtune.deploy import up as module
 from fedtune.deploy.address import Address
 from fedtune.deploy.clock import CLOCK, SITE
 from fedtune.deploy.connection import Connection, flower_environment, flower_program
 from fedtune.deploy.gate import GATE
 from fedtune.deploy.probe import probe
-from fedtune.deploy.processes import Supervisor, free_port
-from fedtune.deploy.register import remember_run
-from fedtune.deploy.superlink import start_superlink
+from fedtune.deploy.status import look
+from fedtune.deploy.submitted_runs import remember_run
+from fedtune.deploy.superlink_runs import list_runs
+from fedtune.deploy.up import start_superlink
 from fedtune.errors import ConfigError, DeployError
-from tests.deploy.programs import COMMAND, Program, left, up, wait_for
+from fedtune.processes.supervisor import Supervisor, free_port
+from tests.processes.programs import COMMAND, Program, left, up, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +41,14 @@ def link(certs, tmp_path_factory):
     assert left(processes, within_s=0) == []
 
 
-def command(module, add, run, *words):
+def command(module, *words):
     parser = argparse.ArgumentParser()
-    getattr(module, add)(parser)
-    return getattr(module, run)(parser.parse_args([str(word) for word in words]))
+    module.add_arguments(parser)
+    return module.run(parser.parse_args([str(word) for word in words]))
 
 
 def status(*words):
-    return command(runs, "add_status_arguments", "run_status", *words)
+    return command(status_command, *words)
 
 
 def test_the_sites_of_the_folder_are_registered_and_the_gate_is_there(link, certs):
@@ -91,9 +95,7 @@ def test_status_names_a_site_whose_clock_is_off(link, certs, capsys):
 
 def test_a_watch_goes_on_until_ctrl_c(link, certs):
     words = ["--superlink", link.address, "--tls", certs / "submit", "--watch", "0.1"]
-    with Program(
-        COMMAND, "fedtune.deploy.runs", "add_status_arguments", "run_status", *words
-    ) as program:
+    with Program(COMMAND, "fedtune.deploy.status", *words) as program:
         program.line("no runs yet")
         program.line("no runs yet")
         assert program.end(signal.SIGINT)[::2] == (0, "")
@@ -123,9 +125,7 @@ def test_a_taken_port_is_named(link, tmp_path):
 
 
 def test_a_superlink_that_cannot_start_shows_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        superlink, "_command", lambda *words: ["bash", "-c", "echo no disk; exit 1"]
-    )
+    monkeypatch.setattr(module, "_command", lambda *words: ["bash", "-c", "echo no disk; exit 1"])
     with (
         Supervisor(tmp_path) as parts,
         pytest.raises(DeployError, match=r"superlink: ended, status 1\..*: no disk"),
@@ -137,7 +137,7 @@ def test_a_server_without_the_gate_is_refused(tmp_path, monkeypatch):
     """An untested Flower that serves in another way must not be open unnoticed."""
     stock = [flower_program("flower-superlink"), "--insecure"]
     monkeypatch.setattr(
-        superlink,
+        module,
         "_command",
         lambda bound, tls: [*stock, "--host", bound.host, "--port", str(bound.port)],
     )
@@ -164,7 +164,7 @@ def test_a_server_without_the_gate_is_refused(tmp_path, monkeypatch):
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, words, expected):
     words += ["--output_dir", tmp_path / "out"]
     with pytest.raises(ConfigError, match=expected) as caught:
-        command(superlink, "add_arguments", "run", *words)
+        command(module, *words)
     assert "\n" not in str(caught.value)
 
 
@@ -224,9 +224,9 @@ def test_a_run_is_shown_stopped_and_its_log_printed(link, certs, app, tmp_path, 
         failed = connection.flwr("run", app, "--run-config", 'mode="raise"')["run-id"]
         run = connection.flwr("run", app)["run-id"]
         remember_run(run, tmp_path)
-        wait_for(lambda: runs.list_runs(connection)[0].status == "running")
-        wait_for(lambda: not runs.look(connection, failed).shown.is_active)
-        assert runs.look(connection).shown.id == run  # the active one
+        wait_for(lambda: list_runs(connection)[0].status == "running")
+        wait_for(lambda: not look(connection, failed).shown.is_active)
+        assert look(connection).shown.id == run  # the active one
     state = {"state": "running", "num_rounds": 3, "round": 1}
     (tmp_path / "federation.json").write_text(json.dumps(state))
     (tmp_path / "rounds.jsonl").write_text('{"round": 0, "eval_loss": 2.5}\n{"round": 1, "eval_l')
@@ -237,16 +237,16 @@ def test_a_run_is_shown_stopped_and_its_log_printed(link, certs, app, tmp_path, 
     assert "2.500" in shown
     status(failed, *words)
     assert "ServerApp failed" in capfd.readouterr().out
-    command(runs, "add_stop_arguments", "run_stop", *words)
+    command(stop, *words)
     assert "ends after the current round" in capfd.readouterr().out
     assert (tmp_path / "stop").exists()
-    command(runs, "add_stop_arguments", "run_stop", *words, "--now")
+    command(stop, *words, "--now")
     assert capfd.readouterr().out == f"run {run}: stopped\n"
     with pytest.raises(ConfigError, match="none is active"):
-        command(runs, "add_stop_arguments", "run_stop", *words)
+        command(stop, *words)
     with pytest.raises(ConfigError, match="expected an active run, received one finished:stopped"):
-        command(runs, "add_stop_arguments", "run_stop", run, *words)
+        command(stop, run, *words)
     with pytest.raises(ConfigError, match="the SuperLink does not know it"):
         status("12", *words)
-    command(runs, "add_logs_arguments", "run_logs", run, *words)
+    command(logs, run, *words)
     assert "here we are" in capfd.readouterr().out

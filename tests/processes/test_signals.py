@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from fedtune.signals import Stopped, held, interrupted_by, stoppable
+from fedtune.processes.signals import Stopped, held, interrupted_by, stoppable
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -20,7 +20,7 @@ from fedtune.processes.last_line import say_last, words_of
 from fedtune.processes.signals import Stopped, ends_once, interrupted_by, status_of
 
 if TYPE_CHECKING:
-    from fedtune.report.records import Summary
+    from fedtune.results.summary import Summary
 
 __all__ = ["main"]
 
@@ -134,11 +134,11 @@ def _add(
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from fedtune.report.formats import render_runs
     from fedtune.report.page import write_report
     from fedtune.report.plots import draw_compare, draw_loss, drawn
+    from fedtune.report.render_runs import render_runs
     from fedtune.report.side_by_side import run_rows
-    from fedtune.report.table import traffic_table
+    from fedtune.report.terminal import traffic_table
     from fedtune.report.unlike import notes
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -160,7 +160,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from fedtune.report.formats import render_runs
+    from fedtune.report.render_runs import render_runs
     from fedtune.report.side_by_side import run_rows
     from fedtune.report.unlike import notes
 
@@ -175,8 +175,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _summaries(given: Sequence[Path]) -> list[Summary]:
     """Of the runs in these directories; a killed one is told first."""
-    from fedtune.compare.outcome import settle
-    from fedtune.report.several import run_directories
+    from fedtune.compare.settle import settle
+    from fedtune.report.run_directories import run_directories
     from fedtune.results.summary import load_summary
 
     for directory in given:
@@ -188,7 +188,7 @@ def _summaries(given: Sequence[Path]) -> list[Summary]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from fedtune.compare.outcome import settle
+    from fedtune.compare.settle import settle
 
     with suppress(FedtuneError, OSError):  # one that still goes on, or is read-only, can be copied
         settle(args.directory)

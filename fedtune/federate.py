@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.compare.facts import settings_of
-from fedtune.compare.own_rows import OwnRows
+from fedtune.compare.own_rows_scorer import OwnRows
 from fedtune.config import Arguments, TransportArguments
 from fedtune.engines.delayed import DelayedGrid
 from fedtune.engines.inline import run_inline

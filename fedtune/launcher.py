@@ -128,7 +128,7 @@ def _run_several(
 
 def _say_end(directory: Path) -> None:
     """The last lines of a run; what did not complete and what to do about it go to stderr."""
-    from fedtune.compare.outcome import way_on
+    from fedtune.compare.settle import way_on
 
     with suppress(OSError, FedtuneError):  # a terminal that is gone, a disk that is full
         well, lines = way_on(directory)

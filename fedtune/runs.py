@@ -17,8 +17,8 @@ from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.compare.arms import ArmInput, run_arm
 from fedtune.compare.directory import OWN_ROWS, RESULT
 from fedtune.compare.facts import Facts, settings_of
-from fedtune.compare.outcome import leaving
-from fedtune.compare.own_rows import OwnRows
+from fedtune.compare.own_rows_scorer import OwnRows
+from fedtune.compare.settle import leaving
 from fedtune.compare.shared import SharedArms
 from fedtune.config import Arguments
 from fedtune.data import format_table

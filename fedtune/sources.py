@@ -84,7 +84,7 @@ def _of_dataset(name: str | None) -> dict[str, str]:
         return {}
     from datasets import load_dataset_builder
 
-    from fedtune.data.files import quiet
+    from fedtune.data.row_files import quiet
 
     try:
         with quiet():

@@ -12,7 +12,7 @@ from typing import Any
 from fedtune.checks import each_strategy
 from fedtune.client.worker import BuildModel, BuildTrainer
 from fedtune.compare.facts import settings_of
-from fedtune.compare.outcome import leaving
+from fedtune.compare.settle import leaving
 from fedtune.compare.shared import SharedArms
 from fedtune.config import Arguments
 from fedtune.decisive import run_settings
@@ -22,7 +22,7 @@ from fedtune.files import read_json
 from fedtune.lock import check_free, hold
 from fedtune.output import MARKER, check_output_dir, prepare_output_dir
 from fedtune.prepare import load_silos, prepare
-from fedtune.report.several import STRATEGIES, folder_of
+from fedtune.report.run_directories import STRATEGIES, folder_of
 from fedtune.runs import facts_of, run_seeds, surviving
 from fedtune.sources import sources_of
 

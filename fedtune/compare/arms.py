@@ -17,10 +17,10 @@ from fedtune.adapters import export_adapter
 from fedtune.client.loader import check_loader
 from fedtune.client.local import steps_of
 from fedtune.client.worker import Worker
-from fedtune.compare.own_rows import OwnRows
+from fedtune.compare.gaps import first_difference
+from fedtune.compare.own_rows_scorer import OwnRows
 from fedtune.compare.plain import PlainRun, run_plain
 from fedtune.compare.schedule import steps_to_see
-from fedtune.compare.verdict import first_difference
 from fedtune.config import Arguments, sampled_clients
 from fedtune.report.progress import Progress
 from fedtune.results.series import Series

@@ -10,9 +10,9 @@ from fedtune.compare.facts import Facts
 from fedtune.files import read_json, write_json
 from fedtune.lists import split_names
 from fedtune.report.comparison_page import write_comparison_page
-from fedtune.report.formats import records, render_runs
 from fedtune.report.plots import draw_compare, drawn
-from fedtune.report.several import STRATEGIES, folder_of, run_directories
+from fedtune.report.render_runs import records, render_runs
+from fedtune.report.run_directories import STRATEGIES, folder_of, run_directories
 from fedtune.report.side_by_side import run_rows
 from fedtune.report.unlike import notes
 from fedtune.results.summary import SUMMARY, Ending, Summary, load_summary

@@ -1,5 +1,6 @@
 """Rows: where they come from, who owns them, and what the trainers take."""
 
+from fedtune.data.client_table import client_table, format_table
 from fedtune.data.columns import find_label_column
 from fedtune.data.detect import RowFormat, row_format
 from fedtune.data.formats import (
@@ -23,7 +24,6 @@ from fedtune.data.lengths import (
 from fedtune.data.load import hold_out, load_rows, load_split
 from fedtune.data.partition import partition
 from fedtune.data.silos import Silos, make_silos
-from fedtune.data.summary import client_table, format_table
 
 __all__ = [
     "RowFormat",

@@ -8,8 +8,8 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from fedtune.config import DataArguments
-from fedtune.data.files import READERS, first_line, not_empty, quiet, read_file
 from fedtune.data.origin import first_rows, mark, select
+from fedtune.data.row_files import READERS, first_line, not_empty, quiet, read_file
 from fedtune.errors import ConfigError, DataError, private
 
 __all__ = ["hold_out", "load_rows", "load_split"]

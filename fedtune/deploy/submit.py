@@ -284,7 +284,7 @@ def facts_of(submission: Submission) -> dict[str, Any]:
 
 
 def _report(directory: Path) -> None:
-    from fedtune.compare.outcome import settle, way_on
+    from fedtune.compare.settle import settle, way_on
 
     deadline = time.monotonic() + END_S
     while holder(directory) is not None and time.monotonic() < deadline:

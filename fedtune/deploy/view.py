@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from fedtune.aligned import aligned
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.results.round_record import RoundRecord
 from fedtune.results.values import count, items, mapping
 
@@ -82,7 +82,7 @@ def _runs(view: View) -> list[str]:
     rows = [("", "run", "state", "time", "submitted", "output")]
     for run in view.runs[:SHOWN_RUNS]:
         mark = ">" if view.shown is not None and run.id == view.shown.id else ""
-        where = str(run.output_dir or text.DASH)
+        where = str(run.output_dir or figures.DASH)
         rows.append((mark, run.id, run.status, _duration(run.elapsed_s), run.started, where))
     skip = 0 if any(mark for mark, *_ in rows) else 1
     lines = aligned([row[skip:] for row in rows], right=(3 - skip,))
@@ -121,7 +121,7 @@ def _progress(view: View) -> list[str]:
         line += f", about {_duration(sum(known) / len(known) * (total - done))} to go"
     up = sum(record.traffic.up or 0 for record in view.rounds)
     down = sum(record.traffic.down or 0 for record in view.rounds)
-    return [line, f"sent up {text.megabytes(up)} MB, down {text.megabytes(down)} MB"]
+    return [line, f"sent up {figures.megabytes(up)} MB, down {figures.megabytes(down)} MB"]
 
 
 def _clients(view: View, width: int) -> list[str]:
@@ -135,8 +135,8 @@ def _clients(view: View, width: int) -> list[str]:
     rows, problems = [("client", "last update", "state")], []
     for row in clients[:SHOWN_NAMES]:
         name, number = str(row.get("client")), taken.get(row.get("client"))
-        last = text.DASH if number is None else f"round {number}"
-        rows.append((name, last, str(row.get("state", text.DASH))))
+        last = figures.DASH if number is None else f"round {number}"
+        rows.append((name, last, str(row.get("state", figures.DASH))))
         if row.get("problem"):
             problems.append(f"{name}: {row['problem']}")
     lines = ["", *aligned(rows, right=())]
@@ -155,13 +155,13 @@ def _rounds(rounds: Sequence[RoundRecord]) -> list[str]:
         refused = f" ({len(row.refused)} refused)" if row.refused else ""
         rows.append(
             (
-                f"{'*' if row is best else ''}{text.DASH if row.round is None else row.round}",
-                text.loss(row.train_loss),
-                text.loss(row.eval_loss),
-                f"{len(row.replies)}{refused}" if row.round else text.DASH,
-                text.megabytes(row.traffic.up),
-                text.megabytes(row.traffic.down),
-                text.seconds(row.wall_s),
+                f"{'*' if row is best else ''}{figures.DASH if row.round is None else row.round}",
+                figures.loss(row.train_loss),
+                figures.loss(row.eval_loss),
+                f"{len(row.replies)}{refused}" if row.round else figures.DASH,
+                figures.megabytes(row.traffic.up),
+                figures.megabytes(row.traffic.down),
+                figures.seconds(row.wall_s),
             )
         )
     lines = ["", *aligned(rows, right=range(len(ROUND_COLUMNS)))]

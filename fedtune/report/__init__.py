@@ -3,7 +3,7 @@
 from fedtune.report.page import render_report, write_report
 from fedtune.report.plots import draw_compare, draw_loss
 from fedtune.report.progress import Progress
-from fedtune.report.table import comparison_table, traffic_table, verdict_lines
+from fedtune.report.terminal import comparison_table, traffic_table, verdict_lines
 from fedtune.report.trackers import RoundTracker, open_trackers
 from fedtune.results.round_record import RoundRecord, load_rounds
 from fedtune.results.series import Series

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.curves import COMPARE_TONES, Curve
 
 __all__ = ["Cell", "Figure", "Section", "Share", "Table", "cells", "low_high", "shares"]
@@ -83,7 +83,7 @@ def cells(words: Sequence[str], css: str = "n") -> list[Cell]:
 
 def low_high(values: tuple[float, float] | None) -> str:
     """Lowest and highest over seeds or clients, for a second line."""
-    return "" if values is None else f"{text.loss(values[0])} to {text.loss(values[1])}"
+    return "" if values is None else f"{figures.loss(values[0])} to {figures.loss(values[1])}"
 
 
 def shares(parts: Mapping[str, float]) -> list[Share]:

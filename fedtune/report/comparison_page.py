@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.files import write_text
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.blocks import Cell, Figure, Section, Table, cells
 from fedtune.report.curves import compare_curves
-from fedtune.report.formats import cells as words_of
 from fedtune.report.page import both, render
+from fedtune.report.render_runs import cells as words_of
 from fedtune.report.side_by_side import run_rows
 from fedtune.report.svg import Shape
 from fedtune.report.unlike import Note
@@ -47,7 +47,7 @@ def _figure(summaries: Sequence[Summary]) -> Figure | None:
         wide=Shape(1070, 430, right=300),
         narrow=Shape(360, 300, right=12, left=40),
         x_title="samples seen, all clients together",
-        y_text=text.loss,
+        y_text=figures.loss,
         title="Held-out loss against samples seen",
     )
     caption = "Federated arm; bands span the seeds."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.rows import ArmRow, arm_rows, same
 from fedtune.results.summary import Summary
 
@@ -55,14 +55,14 @@ def _worse(summary: Summary, above: Sequence[ArmRow]) -> str:
     """`training made it worse: base model 4.760, federated 7.100, centralized 7.098`."""
     start, first = _untuned(summary, above[0]), above[0].before
     name = "initial adapter" if summary.base_loss is None else "base model"
-    ends = ", ".join(f"{row.arm.replace('_', ' ')} {text.loss(row.final)}" for row in above)
-    words = f"{name} {text.loss(start)}, {ends}"
+    ends = ", ".join(f"{row.arm.replace('_', ' ')} {figures.loss(row.final)}" for row in above)
+    words = f"{name} {figures.loss(start)}, {ends}"
     if start is None or first is None or same(first, start):
         return f"training made it worse: {words}"
     # A fresh prompt does harm, which training may lessen without ever making up for it.
     helped = not any(_is_above(row.final, first) for row in above)
     verb = "tuning did not help" if helped else "training made it worse"
-    return f"{verb}: {words} (initial adapter {text.loss(first)})"
+    return f"{verb}: {words} (initial adapter {figures.loss(first)})"
 
 
 def _past_best(row: ArmRow) -> str | None:
@@ -72,5 +72,5 @@ def _past_best(row: ArmRow) -> str | None:
     above = 100 * (row.final / row.best - 1)
     if above < PAST_BEST_PCT:
         return None
-    best = f"{text.loss(row.best)} in round {row.best_round}"
-    return f"ends at {text.loss(row.final)}, {text.percent(above)} above its best, {best}"
+    best = f"{figures.loss(row.best)} in round {row.best_round}"
+    return f"ends at {figures.loss(row.final)}, {figures.percent(above)} above its best, {best}"

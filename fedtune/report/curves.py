@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.results.series import Series, Values, last
 from fedtune.results.summary import Summary
 
@@ -187,7 +187,7 @@ def _compare_labels(summaries: Sequence[Summary]) -> list[str]:
 
 def _seen(summary: Summary) -> str | None:
     samples = last(summary.federated.mean.samples)
-    return None if samples is None else f"{text.compact(samples)} samples"
+    return None if samples is None else f"{figures.compact(samples)} samples"
 
 
 def run_names(summaries: Sequence[Summary]) -> list[str]:

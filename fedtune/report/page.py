@@ -10,13 +10,13 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from fedtune.files import write_text
-from fedtune.report import result_sections, run_sections, text, transport
+from fedtune.report import figures, result_sections, run_sections, sent_bytes
 from fedtune.report.blocks import Figure
 from fedtune.report.concerns import concerns
 from fedtune.report.curves import PALETTE, Curve, gap_curves, loss_curves, traffic_curves
 from fedtune.report.ending import last_refusals, reason
+from fedtune.report.findings import finding, gaps, headline
 from fedtune.report.svg import Shape, line_chart, printable
-from fedtune.report.verdict import finding, gaps, headline
 from fedtune.results.round_record import load_rounds, rounds_file
 from fedtune.results.series import last
 from fedtune.results.summary import Summary, load_summary
@@ -51,7 +51,7 @@ def render_report(directory: str | Path) -> str:
         sections=(
             result_sections.verdict(summary),
             result_sections.arms(summary),
-            transport.section(summary, rounds, seed),
+            sent_bytes.section(summary, rounds, seed),
             run_sections.rounds(summary, rounds, seed),
             run_sections.refused(rounds),
             run_sections.clients(summary),
@@ -71,7 +71,7 @@ def render(template: str, directory: str | Path, **values: Any) -> str:
     environment.filters["unbroken"] = _unbroken
     name = Path(directory).resolve().name
     return environment.get_template(template).render(
-        name=name, palette=PALETTE, loss=text.loss, **values
+        name=name, palette=PALETTE, loss=figures.loss, **values
     )
 
 
@@ -113,7 +113,7 @@ def _loss_figure(summary: Summary) -> Figure | None:
         wide=Shape(1070, 430, right=244),
         narrow=Shape(360, 300, right=12, left=40),
         x_title="samples seen, all clients together" if counted else "round",
-        y_text=text.loss,
+        y_text=figures.loss,
         title="Held-out loss against samples seen",
         start=summary.start,
     )
@@ -141,7 +141,7 @@ def _small_figures(summary: Summary) -> list[Figure]:
         wide=Shape(width, 240, right=86),
         narrow=Shape(360, 230, right=76, left=40),
         x_title="round",
-        y_text=lambda value: text.percent(value, signed=True),
+        y_text=lambda value: figures.percent(value, signed=True),
         title="Gap to centralized after each round",
         zero=True,
     )
@@ -150,15 +150,15 @@ def _small_figures(summary: Summary) -> list[Figure]:
         wide=Shape(width, 240, right=178),
         narrow=Shape(360, 230, right=166, left=40),
         x_title="round",
-        y_text=lambda value: text.megabytes(value * 1e6),
+        y_text=lambda value: figures.megabytes(value * 1e6),
         title="Cumulative MB on the wire",
         zero=True,
     )
-    figures = [
+    found = [
         Figure("Gap to centralized", f"Percent, {samples}; zero is no gap.", gap_chart),
         Figure("Traffic", "Cumulative MB on the wire, all clients.", traffic_chart),
     ]
-    return [figure for figure in figures if figure.chart]
+    return [figure for figure in found if figure.chart]
 
 
 def both(curves: Sequence[Curve], *, wide: Shape, narrow: Shape, **settings: Any) -> Markup:

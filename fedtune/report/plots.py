@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.curves import (
     PALETTE,
     Curve,
@@ -19,9 +19,9 @@ from fedtune.report.curves import (
     loss_curves,
     traffic_curves,
 )
+from fedtune.report.findings import headline
 from fedtune.report.svg import spread_out
 from fedtune.report.unlike import Note
-from fedtune.report.verdict import headline
 from fedtune.results.series import Values, last
 from fedtune.results.summary import Summary
 
@@ -82,12 +82,12 @@ def draw_loss(summary: Summary, path: str | Path) -> Path:
         (
             "Gap to centralized, % after each round",
             gap_curves(summary),
-            lambda value: text.percent(value, signed=True),
+            lambda value: figures.percent(value, signed=True),
         ),
         (
             "Traffic, cumulative MB on the wire",
             traffic_curves(summary),
-            lambda value: text.megabytes(value * 1e6),
+            lambda value: figures.megabytes(value * 1e6),
         ),
     ]
     panels = [panel for panel in panels if panel[1]]
@@ -101,7 +101,7 @@ def draw_loss(summary: Summary, path: str | Path) -> Path:
             wspace=0.5,
         )
         axes = figure.add_subplot(grid[0, :])
-        _draw(axes, loss_curves(summary), text.loss, _x_title(summary))
+        _draw(axes, loss_curves(summary), figures.loss, _x_title(summary))
         _start_label(axes, summary)
         for column, (title, curves, y_text) in enumerate(panels):
             axes = figure.add_subplot(grid[1, column])
@@ -128,7 +128,7 @@ def draw_compare(
         _draw(
             figure.add_subplot(),
             curves,
-            text.loss,
+            figures.loss,
             titles.pop() if len(titles) == 1 else "samples seen, or rounds",
         )
         runs = f"{len(summaries)} run{'' if len(summaries) == 1 else 's'}"
@@ -202,7 +202,7 @@ def _draw(
     axes.margins(x=0.0, y=0.09)
     axes.set_xlabel(x_title)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.compact(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: figures.compact(value)))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_axisbelow(True)
     _end_labels(axes, curves, y_text)
@@ -278,7 +278,7 @@ def _start_label(axes: Axes, summary: Summary) -> None:
     first = next(iter(summary.federated.mean.eval_loss), None)
     if first is not None and summary.rounds:
         axes.annotate(
-            f"{summary.start} {text.loss(first)}",
+            f"{summary.start} {figures.loss(first)}",
             xy=(axes.get_xlim()[0], first),
             xytext=(6, 7),
             textcoords="offset points",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.blocks import Cell, Section, Table, cells, low_high
-from fedtune.report.own_rows import gaining, own_rows_table
+from fedtune.report.findings import Gap, checks, gaps, spread_text
+from fedtune.report.own_gain import gaining, own_rows_table
 from fedtune.report.rows import ArmRow, arm_rows, metric_names
-from fedtune.report.transport import codec_of, moved, of_raw
-from fedtune.report.verdict import Gap, checks, gaps, spread_text
+from fedtune.report.sent_bytes import codec_of, of_raw, total_traffic
 from fedtune.results.summary import Summary
 
 __all__ = ["Card", "arms", "cards", "verdict"]
@@ -28,8 +28,10 @@ class Card:
 def cards(summary: Summary) -> list[Card]:
     """The few numbers to read first."""
     us, base = arm_rows(summary)[0], summary.base_loss
-    start = f"{summary.start} {text.loss(us.before)}" if base is None else ""
-    found = [Card("Held-out loss", text.loss(us.final), start or f"base model {text.loss(base)}")]
+    start = f"{summary.start} {figures.loss(us.before)}" if base is None else ""
+    found = [
+        Card("Held-out loss", figures.loss(us.final), start or f"base model {figures.loss(base)}")
+    ]
     found += [
         _gap_card(summary, gap) for gap in gaps(summary) if gap.arm != "centralized_large_batch"
     ]
@@ -41,8 +43,8 @@ def cards(summary: Summary) -> list[Card]:
             words = ("differs", f"from the plain Trainer{step}", "bad")
         found.append(Card("One-client parity", *words))
     if len(found) == 1:  # nothing was compared
-        found.append(Card("Best round", text.loss(us.best), _round(us) or text.DASH))
-        found.append(Card("Time", f"{text.seconds(us.wall_s)} s", "of all rounds"))
+        found.append(Card("Best round", figures.loss(us.best), _round(us) or figures.DASH))
+        found.append(Card("Time", f"{figures.seconds(us.wall_s)} s", "of all rounds"))
     return [*found, _traffic_card(summary)]
 
 
@@ -61,24 +63,24 @@ def _round(row: ArmRow) -> str:
 
 
 def _traffic_card(summary: Summary) -> Card:
-    traffic, ratio = moved(summary), summary.verdict.bytes_ratio_full
+    traffic, ratio = total_traffic(summary), summary.verdict.bytes_ratio_full
     notes = []
     if codec_of(summary):
         notes.append(f"{of_raw(traffic.sent, traffic.raw)} of raw")
     if ratio is not None:
-        notes.append(f"{text.percent(100 * ratio)} of full-model exchange")
-    size = f"{text.megabytes(traffic.sent)} MB" if traffic.sent else text.DASH
+        notes.append(f"{figures.percent(100 * ratio)} of full-model exchange")
+    size = f"{figures.megabytes(traffic.sent)} MB" if traffic.sent else figures.DASH
     return Card("Traffic", size, ", ".join(notes) or "up and down, all clients")
 
 
 def verdict(summary: Summary) -> Section | None:
     """Comparisons and controls, with the spread."""
-    final = text.loss(arm_rows(summary)[0].final)
+    final = figures.loss(arm_rows(summary)[0].final)
     ranges = {row.arm: row.final_range for row in arm_rows(summary)}
     rows = [
         [
             Cell(gap.title, "name"),
-            Cell(text.loss(gap.other), "n", low_high(ranges.get(gap.arm))),
+            Cell(figures.loss(gap.other), "n", low_high(ranges.get(gap.arm))),
             Cell(
                 gap.size,
                 "n",
@@ -120,17 +122,22 @@ def arms(summary: Summary) -> Section:
     rows = [
         [
             Cell(row.label, "name"),
-            Cell(text.loss(row.before), "n"),
-            Cell(text.loss(row.final), "n", low_high(row.final_range)),
-            Cell(text.loss(row.best), "n", _round(row)),
-            *cells([text.count(row.samples), *map(text.megabytes, (row.bytes_up, row.bytes_down))]),
-            Cell(text.seconds(row.wall_s), "n"),
-            *cells([text.loss(row.metrics.get(name)) for name in metrics]),
+            Cell(figures.loss(row.before), "n"),
+            Cell(figures.loss(row.final), "n", low_high(row.final_range)),
+            Cell(figures.loss(row.best), "n", _round(row)),
+            *cells(
+                [
+                    figures.count(row.samples),
+                    *map(figures.megabytes, (row.bytes_up, row.bytes_down)),
+                ]
+            ),
+            Cell(figures.seconds(row.wall_s), "n"),
+            *cells([figures.loss(row.metrics.get(name)) for name in metrics]),
         ]
         for row in found
     ]
     note = "Held-out loss per token with its range over seeds (local only: clients), and cost."
     if summary.base_loss is not None:
-        note += f" The base model alone has {text.loss(summary.base_loss)}."
+        note += f" The base model alone has {figures.loss(summary.base_loss)}."
     heads += [f"#{name}" for name in metrics]
     return Section("Arms", note, [Table(heads, rows, ours_first=True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.blocks import Cell, Section, Table, cells, shares
 from fedtune.report.curves import COMPARE_TONES
 from fedtune.report.ending import last_refusals
@@ -36,11 +36,11 @@ def rounds(summary: Summary, records: Sequence[RoundRecord], seed: str | None) -
         rows.append(
             [
                 Cell(_number(row), sub=f"try {row.attempt}" if (row.attempt or 1) > 1 else ""),
-                *cells([text.loss(row.eval_loss), str(len(row.replies))]),
+                *cells([figures.loss(row.eval_loss), str(len(row.replies))]),
                 Cell(str(len(row.refusals)), "n bad" if row.refusals else "n"),
-                *cells([text.plain(norm) for norm in norms]),
-                *cells([text.seconds(row.time.get(part)) for part in parts]),
-                *cells([text.megabytes(row.traffic.up), text.megabytes(row.traffic.down)]),
+                *cells([figures.plain(norm) for norm in norms]),
+                *cells([figures.seconds(row.time.get(part)) for part in parts]),
+                *cells([figures.megabytes(row.traffic.up), figures.megabytes(row.traffic.down)]),
             ]
         )
     note = f"Seed {seed}. " if seed else ""
@@ -49,7 +49,7 @@ def rounds(summary: Summary, records: Sequence[RoundRecord], seed: str | None) -
 
 
 def _number(row: RoundRecord) -> str:
-    return text.DASH if row.round is None else str(row.round)
+    return figures.DASH if row.round is None else str(row.round)
 
 
 def refused(records: Sequence[RoundRecord]) -> Section | None:
@@ -57,8 +57,8 @@ def refused(records: Sequence[RoundRecord]) -> Section | None:
     rows = [
         [
             Cell(_number(row), sub=f"try {attempt}" if attempt > 1 else ""),
-            Cell(refusal.who or text.DASH, "name"),
-            Cell(refusal.reason or text.DASH, "long"),
+            Cell(refusal.who or figures.DASH, "name"),
+            Cell(refusal.reason or figures.DASH, "long"),
         ]
         for row in records
         for attempt, refusal in row.refusals
@@ -76,8 +76,8 @@ def last_refused(summary: Summary) -> Section | None:
     rows = [
         [
             Cell(number, sub=f"try {', '.join(attempts)}"),
-            Cell(who or text.DASH, "name"),
-            Cell(reason or text.DASH, "long"),
+            Cell(who or figures.DASH, "name"),
+            Cell(reason or figures.DASH, "long"),
         ]
         for (number, who, reason), attempts in tries.items()
     ]
@@ -97,7 +97,7 @@ def clients(summary: Summary) -> Section | None:
     rows = [
         [
             Cell(client.client, "name", _owned(client)),
-            *cells([text.count(client.rows), text.count(client.tokens)]),
+            *cells([figures.count(client.rows), figures.count(client.tokens)]),
             *(cells(alone[index]) if alone else ()),
             *([_labels(client, shown)] if labels else ()),
         ]
@@ -122,7 +122,7 @@ def _alone(summary: Summary) -> list[tuple[str, str]]:
     for client in local.values():
         own = final(client.eval_loss)
         gain = 100 * (own - us) / own if own and us is not None else None
-        pairs.append((text.loss(own), text.percent(gain, signed=True)))
+        pairs.append((figures.loss(own), figures.percent(gain, signed=True)))
     return pairs
 
 
@@ -137,12 +137,12 @@ def _labels(client: ClientData, shown: Sequence[str]) -> Cell:
     counts = {name: client.labels.get(name, 0.0) for name in shown}
     other = sum(client.labels.values()) - sum(counts.values())
     if not sum(client.labels.values()):
-        return Cell(text.DASH, "long")
-    words = ", ".join(f"{name} {text.count(n)}" for name, n in counts.items() if n)
-    words += f", other {text.count(other)}" if other else ""
+        return Cell(figures.DASH, "long")
+    words = ", ".join(f"{name} {figures.count(n)}" for name, n in counts.items() if n)
+    words += f", other {figures.count(other)}" if other else ""
     return Cell("", "long", words, shares=shares({**counts, "other": other}))
 
 
 def details(values: Mapping[str, Any]) -> Table:
     """A table of names and values."""
-    return Table(["Name", "Value"], [cells(pair, "") for pair in text.flat(values)])
+    return Table(["Name", "Value"], [cells(pair, "") for pair in figures.flat(values)])

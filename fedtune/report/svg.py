@@ -14,7 +14,7 @@ from html import escape
 
 from markupsafe import Markup
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.curves import Curve
 from fedtune.results.series import Values, last
 
@@ -141,10 +141,10 @@ def _grid(x: Scale, y: Scale, shape: Shape, x_title: str, zero: bool) -> str:
         parts.append(
             f'<text class="tick" x="{x.start - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">'
         )
-        parts.append(f"{text.tick(tick, y_ticks)}</text>")
+        parts.append(f"{figures.tick(tick, y_ticks)}</text>")
     for tick in x_ticks:
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{floor + 18}" text-anchor="middle">')
-        parts.append(f"{text.compact(tick)}</text>")
+        parts.append(f"{figures.compact(tick)}</text>")
     middle = (x.start + x.end) / 2
     parts.append(
         f'<text class="axis" x="{middle:.1f}" y="{shape.height - 6}" text-anchor="middle">'

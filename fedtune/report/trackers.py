@@ -18,7 +18,7 @@ from typing import Any
 
 from fedtune.config import TRACKERS
 from fedtune.errors import ConfigError
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.results.values import number
 
 __all__ = ["RoundTracker", "open_trackers", "round_scalars"]
@@ -90,7 +90,7 @@ def open_trackers(
     for name in names:
         _check(name)
     logs = Path(directory).resolve() / "logs"
-    settings = {_key(name): value[:MAX_PARAM] for name, value in text.flat(config)}
+    settings = {_key(name): value[:MAX_PARAM] for name, value in figures.flat(config)}
     tracker = RoundTracker()
     try:
         for name in dict.fromkeys(names):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedtune.decisive import decides
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.curves import run_names
 from fedtune.results.summary import Summary
 from fedtune.results.values import number
@@ -130,7 +130,7 @@ def _rows(summary: Summary, part: str) -> Shown:
     if not isinstance(found, Mapping) or not found.get("sha256"):
         return None
     digest = str(found["sha256"])
-    return digest, f"{text.count(number(found.get('rows')))} ({digest[:SHORT]})"
+    return digest, f"{figures.count(number(found.get('rows')))} ({digest[:SHORT]})"
 
 
 def _of_model(summary: Summary, part: str) -> Shown:

@@ -16,9 +16,9 @@ from transformers import Trainer
 from fedtune.adapters import load, load_exported
 from fedtune.client.worker import Worker
 from fedtune.compare.arms import ArmInput, run_arm
+from fedtune.compare.compose import build_summary
 from fedtune.compare.facts import Facts
-from fedtune.compare.own_rows import OwnRows
-from fedtune.compare.summary import build_summary
+from fedtune.compare.own_rows_scorer import OwnRows
 from fedtune.config import ARMS
 from fedtune.federate import federate_control, own_scores
 from fedtune.results.series import Series

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.compare.verdict import first_difference, spread, verdict
+from fedtune.compare.gaps import first_difference, spread, verdict
 from fedtune.results.series import KEYS, Series
 from fedtune.results.verdict import Parity
 

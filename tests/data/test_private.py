@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from fedtune.config import DataArguments
 from fedtune.data import as_classification_rows, as_language_rows, find_label_names
-from fedtune.data.files import read_file
 from fedtune.data.origin import mark
+from fedtune.data.row_files import read_file
 from fedtune.data.template import chat_texts
 from fedtune.errors import DataError
 from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer

@@ -12,14 +12,14 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fedtune.adapters import load_exported
-from fedtune.compare.outcome import settle
+from fedtune.compare.settle import settle
 from fedtune.config import FederationArguments, TransportArguments
 from fedtune.deploy.submit import facts_of
 from fedtune.errors import ConfigError, RoundError
 from fedtune.files import read_json, write_json
 from fedtune.output import write_marker
 from fedtune.report import load_summary, render_report
-from fedtune.report.verdict import headline
+from fedtune.report.findings import headline
 from fedtune.server import deployed
 from fedtune.server.checkpoint import load_latest
 from fedtune.server.deployed import app

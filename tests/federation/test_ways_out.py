@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fedtune.cli import main
-from fedtune.compare.outcome import settle
+from fedtune.compare.settle import settle
 from fedtune.errors import FedtuneError
 from fedtune.report import load_summary
-from fedtune.report.verdict import headline
+from fedtune.report.findings import headline
 from tests.federation.killing import Ended, Killer
 from tests.federation.small import small_rows
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.report import Summary, load_summary, render_report, verdict_lines
 from fedtune.report.concerns import PAST_BEST_PCT, concerns
-from fedtune.report.verdict import gaps, headline
+from fedtune.report.findings import gaps, headline
 from tests.report.made_up import made_up_summary, write_run
 
 

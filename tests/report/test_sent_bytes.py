@@ -9,10 +9,10 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.report import load_rounds, load_summary, render_report, traffic_table, verdict_lines
-from fedtune.report.transport import codec_of, moved
+from fedtune.report.sent_bytes import codec_of, total_traffic
 from fedtune.results.round_record import WireBytes
 from tests.report.made_up import HOSTILE, write_run
-from tests.report.test_html import check_page, words
+from tests.report.test_page import check_page, words
 
 MB = 1_000_000
 SERIES = {
@@ -50,8 +50,10 @@ def section(page: str) -> str:
 
 def test_totals_of_a_run(tmp_path: Path):
     summary = load_summary(write_run(tmp_path, summary_of(), []))
-    assert moved(summary) == WireBytes(up=2 * MB, down=4 * MB, up_raw=20 * MB, down_raw=24 * MB)
-    assert (moved(summary).sent, moved(summary).raw) == (6 * MB, 44 * MB)
+    assert total_traffic(summary) == WireBytes(
+        up=2 * MB, down=4 * MB, up_raw=20 * MB, down_raw=24 * MB
+    )
+    assert (total_traffic(summary).sent, total_traffic(summary).raw) == (6 * MB, 44 * MB)
 
 
 def test_a_row_per_direction(tmp_path: Path):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fedtune.compare.compose import build_summary
 from fedtune.compare.facts import Facts
-from fedtune.compare.summary import build_summary
 from fedtune.config import FederationArguments, TransportArguments
 
 FEDERATED = {

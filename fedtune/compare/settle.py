@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.compare.comparison import strategies_of, table_of, write_comparison
+from fedtune.compare.compose import build_summary
 from fedtune.compare.directory import history_of, refused_in, result_of
 from fedtune.compare.facts import Facts
-from fedtune.compare.summary import build_summary
 from fedtune.errors import FedtuneError
 from fedtune.files import read_json, write_json
 from fedtune.lock import holder
 from fedtune.output import forget_ending
 from fedtune.processes.signals import held, interrupted_by
 from fedtune.report import comparison_table, verdict_lines, write_report
+from fedtune.report.findings import headline
 from fedtune.report.plots import draw_loss, drawn
-from fedtune.report.several import run_directories
-from fedtune.report.verdict import headline
+from fedtune.report.run_directories import run_directories
 from fedtune.results.summary import SUMMARY, Ending, Summary, load_summary
 from fedtune.server.submission import FEDERATION
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.blocks import Cell, Table, cells
 from fedtune.results.summary import Summary
 from fedtune.results.verdict import OwnRow
@@ -29,11 +29,11 @@ def own_rows_line(summary: Summary) -> str:
         return ""
     row = min(known, key=lambda row: row.gain_pct or 0)
     what = "loses most" if (row.gain_pct or 0) < 0 else "gains least"
-    here, alone = (text.loss(row.losses.get(arm)) for arm in ("federated", "local"))
+    here, alone = (figures.loss(row.losses.get(arm)) for arm in ("federated", "local"))
     return (
         f"on each client's own held-out rows: {gaining(summary)} gain over local only; "
         f"{_name(summary, row)} {what}: federated {here} vs alone "
-        f"{alone} ({text.percent(row.gain_pct, signed=True)})"
+        f"{alone} ({figures.percent(row.gain_pct, signed=True)})"
     )
 
 
@@ -47,9 +47,9 @@ def own_rows_table(summary: Summary) -> Table:
     body = [
         [
             Cell(row.client, "name", owned.get(row.client, "")),
-            Cell(text.count(row.rows), "n"),
-            *cells([text.loss(row.losses.get(arm)) for arm in arms]),
-            Cell(text.percent(row.gain_pct, signed=True), _tone(row.gain_pct)),
+            Cell(figures.count(row.rows), "n"),
+            *cells([figures.loss(row.losses.get(arm)) for arm in arms]),
+            Cell(figures.percent(row.gain_pct, signed=True), _tone(row.gain_pct)),
         ]
         for row in rows
     ]

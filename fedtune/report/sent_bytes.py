@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.blocks import Cell, Section, Table, cells
 from fedtune.report.rows import total
 from fedtune.results.round_record import RoundRecord, WireBytes
 from fedtune.results.summary import Summary
 
-__all__ = ["codec_of", "moved", "of_raw", "section"]
+__all__ = ["codec_of", "of_raw", "section", "total_traffic"]
 
 
 def codec_of(summary: Summary) -> str | None:
@@ -20,7 +20,7 @@ def codec_of(summary: Summary) -> str | None:
     return None if name == "none" else name
 
 
-def moved(summary: Summary) -> WireBytes:
+def total_traffic(summary: Summary) -> WireBytes:
     """Of the federated arm: all rounds, all clients."""
     mean = summary.federated.mean
     up, down = total(mean.bytes_up), total(mean.bytes_down)
@@ -29,12 +29,12 @@ def moved(summary: Summary) -> WireBytes:
 
 def of_raw(sent: float | None, raw: float | None) -> str:
     """`13.0 %`."""
-    return text.percent(100 * sent / raw if raw and sent is not None else None)
+    return figures.percent(100 * sent / raw if raw and sent is not None else None)
 
 
 def section(summary: Summary, rounds: Sequence[RoundRecord], seed: str | None) -> Section | None:
     """By direction, and by client where the rounds say it; nothing without a codec."""
-    codec, everything = codec_of(summary), moved(summary)
+    codec, everything = codec_of(summary), total_traffic(summary)
     if codec is None:
         return None
     one_way = {"up": "down", "down": "up"}.get(summary.setting("codec_direction") or "")
@@ -78,7 +78,7 @@ def _by_client(rounds: Sequence[RoundRecord], seed: str | None) -> Table:
 
 
 def _figures(raw: float | None, sent: float | None) -> list[Cell]:
-    return cells([text.megabytes(raw), text.megabytes(sent), of_raw(sent, raw)])
+    return cells([figures.megabytes(raw), figures.megabytes(sent), of_raw(sent, raw)])
 
 
 def _sum(rounds: Iterable[WireBytes]) -> WireBytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedtune.aligned import aligned, padded
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.intervals import Interval
 from fedtune.report.side_by_side import RunRow
 from fedtune.report.unlike import Note
@@ -136,15 +136,15 @@ def cells(rows: Sequence[RunRow]) -> list[list[str]]:
     lines = [
         [
             row.run,
-            row.strategy or text.DASH,
+            row.strategy or figures.DASH,
             *(_short(row.settings.get(name, "")) for name in names),
             str(row.rounds),
             row.status,
             _loss(row),
             _best(row),
             *([_difference(row)] if len(rows) > 1 else []),
-            text.megabytes(_sum(row.bytes_up, row.bytes_down)),
-            text.seconds(row.seconds),
+            figures.megabytes(_sum(row.bytes_up, row.bytes_down)),
+            figures.seconds(row.seconds),
         ]
         for row in rows
     ]
@@ -159,25 +159,29 @@ def cells(rows: Sequence[RunRow]) -> list[list[str]]:
 def _loss(row: RunRow) -> str:
     """`2.451`, over several seeds `2.451 ± 0.012`."""
     std = _std(row.final_losses)
-    return text.loss(row.final_loss) + (f" {PLUS_MINUS} {std:.3f}" if std is not None else "")
+    return figures.loss(row.final_loss) + (f" {PLUS_MINUS} {std:.3f}" if std is not None else "")
 
 
 def _best(row: RunRow) -> str:
-    return text.DASH if row.best_loss is None else f"{text.loss(row.best_loss)} ({row.best_round})"
+    return (
+        figures.DASH
+        if row.best_loss is None
+        else f"{figures.loss(row.best_loss)} ({row.best_round})"
+    )
 
 
 def _difference(row: RunRow) -> str:
     """`+1.30 [-0.20, +2.80]` percent, `+1.30 (1 seed)`; a dash for the run itself."""
     found = row.difference_pct
     if found is None:
-        return text.DASH
+        return figures.DASH
     if found.low is None or found.high is None:
         return f"{found.mean:+.2f} (1 seed)"
     return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 def _short(value: str) -> str:
-    one = _one_line(value) or text.DASH
+    one = _one_line(value) or figures.DASH
     return one if len(one) <= LONGEST else f"{one[: LONGEST - 3]}..."
 
 
@@ -198,7 +202,7 @@ SPECIAL = {
     "~": "\\textasciitilde{}",
     "^": "\\textasciicircum{}",
     PLUS_MINUS: "$\\pm$",
-    text.DASH: "--",
+    figures.DASH: "--",
     "<": "\\textless{}",
     ">": "\\textgreater{}",
     **{char: f"\\{char}" for char in "&%$#_{}"},

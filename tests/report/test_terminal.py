@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedtune.report import Summary, comparison_table, load_summary, verdict_lines
-from fedtune.report.verdict import headline
+from fedtune.report.findings import headline
 from tests.report.made_up import made_up_summary, write_run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.concerns import made_worse
 from fedtune.report.ending import ending
 from fedtune.results.series import final, last
@@ -41,7 +41,7 @@ class Gap:
     @property
     def size(self) -> str:
         """`+1.3 %`, or `equal`."""
-        return "equal" if self.is_equal else text.percent(self.spread.mean, signed=True)
+        return "equal" if self.is_equal else figures.percent(self.spread.mean, signed=True)
 
     @property
     def within_noise(self) -> bool:
@@ -94,16 +94,16 @@ def finding(summary: Summary) -> str:
     if gap is not None:
         return _of_gap(gap)
     if before is None:
-        return f"Federated training reaches a held-out loss of {text.loss(after)} in {rounds}."
+        return f"Federated training reaches a held-out loss of {figures.loss(after)} in {rounds}."
     verb = "lowers" if after < before else "does not lower"
     return (
         f"Federated training {verb} held-out loss: "
-        f"{text.loss(before)} to {text.loss(after)} in {rounds}."
+        f"{figures.loss(before)} to {figures.loss(after)} in {rounds}."
     )
 
 
 def _of_gap(gap: Gap) -> str:
-    size, other = text.percent(abs(gap.spread.mean or 0)), gap.arm.replace("_", " ")
+    size, other = figures.percent(abs(gap.spread.mean or 0)), gap.arm.replace("_", " ")
     if gap.is_equal:
         return f"Federated loss ends equal to {other} {gap.samples}."
     if gap.within_noise:
@@ -125,7 +125,7 @@ def _samples(summary: Summary, arm: str) -> str:
         return "at samples not counted"
     if summary.verdict.equal_samples.get(arm, abs(ours - other) <= _batch(summary, arm)):
         return "at equal samples"
-    return f"at {text.count(ours)} samples against {text.count(other)}"
+    return f"at {figures.count(ours)} samples against {figures.count(other)}"
 
 
 def _batch(summary: Summary, arm: str) -> float:
@@ -161,7 +161,7 @@ def _fixed_global(summary: Summary) -> Check | None:
         words = f"moves by {moved:.2g}: clients do not use what the server sends"
         return Check(title, False, words)
     times = f"all {rounds} rounds" if rounds > 1 else "1 round"
-    words = f"flat at {text.loss(known[0])} over {times}: clients use what the server sends"
+    words = f"flat at {figures.loss(known[0])} over {times}: clients use what the server sends"
     return Check(title, True, words)
 
 

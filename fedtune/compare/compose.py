@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fedtune.compare.facts import Facts
-from fedtune.compare.verdict import own_gain, verdict
+from fedtune.compare.gaps import own_gain, verdict
 from fedtune.config import FederationArguments, TransportArguments, sampled_clients
 from fedtune.results.series import Series
 from fedtune.results.summary import Arm, Summary

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedtune.aligned import aligned
-from fedtune.report import text
+from fedtune.report import figures
 from fedtune.report.concerns import concerns, made_worse
 from fedtune.report.curves import run_names
-from fedtune.report.own_rows import own_rows_line
+from fedtune.report.findings import checks, gaps, headline, spread_text
+from fedtune.report.own_gain import own_rows_line
 from fedtune.report.rows import arm_rows, metric_names
-from fedtune.report.transport import codec_of, moved, of_raw
-from fedtune.report.verdict import checks, gaps, headline, spread_text
+from fedtune.report.sent_bytes import codec_of, of_raw, total_traffic
 from fedtune.results.series import final
 from fedtune.results.summary import Summary
 
@@ -27,18 +27,18 @@ def comparison_table(summary: Summary) -> str:
     metrics = metric_names(arms)
     rows = [(*COLUMNS, *metrics)]
     for row in arms:
-        best = text.DASH if row.best is None else f"{text.loss(row.best)} ({row.best_round})"
+        best = figures.DASH if row.best is None else f"{figures.loss(row.best)} ({row.best_round})"
         rows.append(
             (
                 row.label,
-                text.loss(row.before),
-                text.loss(row.final),
+                figures.loss(row.before),
+                figures.loss(row.final),
                 best,
-                text.count(row.samples),
-                text.megabytes(row.bytes_up),
-                text.megabytes(row.bytes_down),
-                text.seconds(row.wall_s),
-                *(text.loss(row.metrics.get(name)) for name in metrics),
+                figures.count(row.samples),
+                figures.megabytes(row.bytes_up),
+                figures.megabytes(row.bytes_down),
+                figures.seconds(row.wall_s),
+                *(figures.loss(row.metrics.get(name)) for name in metrics),
             )
         )
     return "\n".join(aligned(rows, range(1, len(rows[0])), rule=True))
@@ -50,7 +50,7 @@ def traffic_table(summaries: Sequence[Summary]) -> str:
         return ""
     rows = [RUNS]
     for summary, name in zip(summaries, run_names(summaries), strict=True):
-        traffic = moved(summary)
+        traffic = total_traffic(summary)
         rows.append(
             (
                 name,
@@ -58,7 +58,7 @@ def traffic_table(summaries: Sequence[Summary]) -> str:
                 _less(traffic.up_raw, traffic.up),
                 _less(traffic.down_raw, traffic.down),
                 of_raw(traffic.sent, traffic.raw),
-                text.loss(final(summary.federated.mean.eval_loss)),
+                figures.loss(final(summary.federated.mean.eval_loss)),
             )
         )
     return "\n".join(aligned(rows, range(1, len(rows[0])), rule=True))
@@ -66,16 +66,16 @@ def traffic_table(summaries: Sequence[Summary]) -> str:
 
 def _less(raw: float | None, sent: float | None) -> str:
     """`2.77 -> 0.35`."""
-    words = (text.megabytes(raw), text.megabytes(sent))
+    words = (figures.megabytes(raw), figures.megabytes(sent))
     return " -> ".join(dict.fromkeys(words))
 
 
 def verdict_lines(summary: Summary) -> list[str]:
     """What the comparison shows, one finding a line, each with its numbers."""
-    ours = text.loss(final(summary.federated.mean.eval_loss))
+    ours = figures.loss(final(summary.federated.mean.eval_loss))
     lines, own = [], own_rows_line(summary)
     for gap in gaps(summary):
-        other = text.loss(gap.other)
+        other = figures.loss(gap.other)
         spread = f"({spread_text(gap.spread, summary.seeds)})"
         if gap.arm == "local":
             where = " on the pooled rows" if own else ""
@@ -97,11 +97,11 @@ def _cost(summary: Summary) -> list[str]:
     ratio, times = summary.verdict.bytes_ratio_full, summary.verdict.time_split
     lines = []
     if codec := codec_of(summary):
-        traffic = moved(summary)
+        traffic = total_traffic(summary)
         share = of_raw(traffic.sent, traffic.raw)
-        lines.append(f"codec {codec}: {text.megabytes(traffic.sent)} MB ({share} of raw)")
+        lines.append(f"codec {codec}: {figures.megabytes(traffic.sent)} MB ({share} of raw)")
     if ratio is not None:
-        lines.append(f"bytes: {text.percent(100 * ratio)} of exchanging the full model")
+        lines.append(f"bytes: {figures.percent(100 * ratio)} of exchanging the full model")
     if whole := sum(times.values()):
         parts = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in times.items())
         lines.append(f"time: {parts}")

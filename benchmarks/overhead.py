@@ -173,17 +173,20 @@ def measure_fold(args: argparse.Namespace) -> dict[str, object]:
 def fold_peak_mb(clients: int) -> float:
     """Fold `clients` replies of 5 MB in this process; VmHWM in MB."""
     import torch
-    from flwr.app import ConfigRecord, Message
+    from flwr.app import Message
     from flwr.clientapp import ClientApp
 
     from fedtune._flower.task_message import task_identity
     from fedtune.adapters import Entry, Manifest
     from fedtune.engines.inline import InlineGrid
-    from fedtune.strategies import FedAvg
-    from fedtune.strategies.shell import FedStrategy
+    from fedtune.server.checkpoint import ServerState
+    from fedtune.server.plan import Plan
+    from fedtune.server.rounds.central import CentralRounds
+    from fedtune.server.rounds.exchange import DirectExchange
+    from fedtune.server.rounds.workflow import Setting
+    from fedtune.strategies import Method
     from fedtune.transport.grid import EagerGrid
-    from fedtune.transport.messages import Member, RoundTask, pack
-    from fedtune.transport.records import to_arrays
+    from fedtune.transport.messages import Member, pack
 
     params = {f"layer{i}.lora_A.weight": torch.randn(125, 1000) for i in range(10)}
     entries = {name: Entry.of(value) for name, value in params.items()}
@@ -201,13 +204,11 @@ def fold_peak_mb(clients: int) -> float:
 
     with task_identity(1, 1):
         inline = InlineGrid(app, clients)
-        strategy = FedStrategy(FedAvg(), manifest)
-        strategy.members = [Member(node, f"client-{node}") for node in inline.get_node_ids()]
-        task = RoundTask("run", 1, 1, 1, manifest.hash, 1, 0.0, True, 42)
-        strategy.tasks = {member.name: task for member in strategy.members}
-        messages = strategy.configure_train(1, to_arrays(params), ConfigRecord(), inline)
-        arrays, _ = strategy.aggregate_train(1, EagerGrid(inline).send_and_receive(messages))
-    assert arrays is not None
+        members = [Member(node, f"client-{node}") for node in inline.get_node_ids()]
+        plan = Plan(run="run", num_rounds=1, steps=1, epochs=0.0, carry=True, seed=42)
+        exchange = DirectExchange(EagerGrid(inline))
+        state = ServerState(0, params, {}, manifest)
+        CentralRounds(Setting(exchange, Method(), plan)).play(1, 1, members, state)
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1e3
 

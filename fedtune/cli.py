@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The exit status is 0, 1 (doctor found a fault), 2 (a one-line error) or 128 + signal.
     """
-    with ends_once():
-        try:
+    try:
+        with ends_once():
             return _run(list(sys.argv[1:] if argv is None else argv))
-        except (KeyboardInterrupt, Stopped) as stop:
-            say_last(f"interrupted by {interrupted_by(stop)}", sys.stderr)
-            return status_of(stop)
+    except (KeyboardInterrupt, Stopped) as stop:
+        say_last(f"interrupted by {interrupted_by(stop)}", sys.stderr)
+        return status_of(stop)
 
 
 def _run(words: list[str]) -> int:

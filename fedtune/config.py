@@ -163,6 +163,11 @@ class FederationArguments:
     max_failed_rounds: int = setting(
         2, "How many times one round may fail before the run ends with an error."
     )
+    workflow: str = setting(
+        "central",
+        "What a round is. central: the server asks clients, and aggregates what comes back. Others "
+        "come with packages of their own (entry points of the group fedtune.workflows).",
+    )
     strategy: str = setting(
         "fedavg",
         "Method, or methods joined by `+`, one of each axis: fedprox, scaffold; fedbuff, fednova, "

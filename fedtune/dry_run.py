@@ -40,7 +40,7 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
     least = "at least " if properties.changes_base else ""
     about = least or ("about " if coded else "")
     of_raw = f" ({100 * traffic.round / traffic.raw:.0f} % of raw)" if coded else ""
-    size = sum(sent.values()) / len(sent) * (2 if method.has_control else 1)
+    size = sum(sent.values()) / len(sent) * (1 + len(method.extras))
     kept = _kept(codec, size, 1 if sampled == len(steps) else len(steps))
     fewest, most = min(steps), max(steps)
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -50,7 +50,7 @@ def describe_run(args: Arguments, prepared: Prepared) -> str:
         **({"ranks": _ranks(worker, sent)} if args.adapter.ranks else {}),
         "travels": f"{len(params)} tensors, {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MB"
         + (f"; once {once / 1e6:.3f} MB" if once else "")
-        + ("; as much again for control variates" if method.has_control else "")
+        + ("; as much again for control variates" if method.extras else "")
         + ("; down also what the method has added to the base" if properties.changes_base else ""),
         **({"codec": _codec(codec, worker.manifest)} if coded else {}),
         "per round": f"{sampled} of {len(steps)} clients, {each} steps each, "
@@ -89,7 +89,7 @@ def _traffic(
     # New factors are no small difference to the old ones: 16 bits travel.
     whole = method.properties.refactors and codec.on == "delta" and codec.down != "none"
     down = "bf16" if whole else codec.down
-    count = sampled * (2 if method.has_control else 1)
+    count = sampled * (1 + len(method.extras))
     return Estimate(count * (mean_mb(codec.up) + mean_mb(down)), 2 * count * mean_mb("none"))
 
 

@@ -25,10 +25,11 @@ from fedtune.report.progress import Progress
 from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState
-from fedtune.server.rounds import Plan, RoundHook
+from fedtune.server.plan import Plan
+from fedtune.server.run_rounds import RoundHook
 from fedtune.server.store import RunStore
 from fedtune.server.submission import Submission
-from fedtune.strategies import FixedGlobal, Method, build_method, strategy_of
+from fedtune.strategies import Method, build_method, fixed_global, strategy_of
 
 __all__ = ["federate", "federate_control", "own_scores"]
 
@@ -62,7 +63,7 @@ def own_scores(
     Empty where that is in the client's process only.
     """
     method = strategy_of(args.federation)
-    if args.federation.engine == "flower" and not all(map(method.travels, last.params)):
+    if args.federation.engine == "flower" and not all(map(method.rule.travels, last.params)):
         return {}
     personal = _personal(method, worker, last)
     return own.final(last, personal, f"{args.training.seed}/{last.round + 1}")
@@ -70,7 +71,7 @@ def own_scores(
 
 def _personal(method: Method, worker: Worker, state: ServerState) -> dict[str, dict[str, Tensor]]:
     """What each client keeps for itself, where the method has it keep something."""
-    if all(method.travels(name) for name in state.params):
+    if all(method.rule.travels(name) for name in state.params):
         return {}
     return {client: worker.personal(client, r) for client, r in state.client_rounds.items()}
 
@@ -124,7 +125,7 @@ def federate_control(
 ) -> ServerState:
     """A federation in this process from `start`, without a codec; only its last state is left."""
     control = (
-        FixedGlobal() if method == "fixed_global" else build_method(method, weight_by="tokens")
+        fixed_global() if method == "fixed_global" else build_method(method, weight_by="tokens")
     )
     with Progress(args.federation.num_rounds, label) as progress:
 

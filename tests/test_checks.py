@@ -8,8 +8,7 @@ from fedtune.checks import check_arguments
 from fedtune.errors import ConfigError
 from fedtune.lists import strategy_settings
 from fedtune.settings import parse_arguments
-from fedtune.strategies import METHODS, FedAvg
-from fedtune.strategies.base import Properties
+from fedtune.strategies import METHODS, Correction, Method, ServerOptimizer
 
 
 def check(text):
@@ -216,7 +215,7 @@ def test_the_method_is_built_once(monkeypatch):
 
     def strategy_of(federation):
         built.append(federation.strategy)
-        return FedAvg()
+        return Method()
 
     monkeypatch.setattr(checks.method, "strategy_of", strategy_of)
     check("--codec nf4 --client_ranks 4,4,4")
@@ -225,17 +224,19 @@ def test_the_method_is_built_once(monkeypatch):
 
 def test_methods_of_one_axis_do_not_combine(monkeypatch):
     @dataclass(frozen=True)
-    class Correction(FedAvg):
+    class Proximal(Correction):
+        name = "prox"
         mu: float = 0.1
-        properties = Properties(axis="correction", client_state=True)
 
     @dataclass(frozen=True)
-    class ServerStep(FedAvg):
+    class ServerStep(ServerOptimizer):
         beta: float = 0.9
-        properties = Properties(axis="server_optimizer")
 
-    for name, cls in (("prox", Correction), ("scaf", Correction), ("adam", ServerStep)):
-        monkeypatch.setitem(METHODS, name, cls)
+        def move(self, delta, memory):
+            return self.beta * delta, {}
+
+    for name, cls in (("prox", Proximal), ("scaf", Proximal), ("adam", ServerStep)):
+        monkeypatch.setitem(METHODS.built_in, name, cls)
     check("--strategy prox+adam --strategy_args mu=1,beta=0.5")
     assert "second correction" in message("--strategy prox+scaf")
     assert "Did you mean beta?" in message("--strategy prox+adam --strategy_args betta=0.5")

@@ -22,6 +22,7 @@ from fedtune.checks.run import (
     output,
     seeds,
     track,
+    workflow,
 )
 from fedtune.checks.transport import codec, error_feedback
 from fedtune.config import Arguments
@@ -35,6 +36,7 @@ Rule = Callable[[Arguments], str | None]
 
 RULES: tuple[Rule, ...] = (
     one_budget,
+    workflow,
     min_replies,
     seeds,
     quantized,
@@ -53,6 +55,7 @@ RULES: tuple[Rule, ...] = (
 # A deployment, whose sites bring all the rest.
 FEDERATION_RULES: tuple[Rule, ...] = (
     one_budget,
+    workflow,
     track,
     codec,
     of_method(strategy, error_feedback),

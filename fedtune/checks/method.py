@@ -26,19 +26,22 @@ def of_method(
 def strategy(args: Arguments, method: Method) -> str | None:
     """What the method asks of the federation and of the Trainer."""
     fed = args.federation
-    if method.has_control and getattr(args.training, "fp16", False):
+    if method.extras and getattr(args.training, "fp16", False):
         return (
             f"--strategy {fed.strategy} with --fp16: the loss scaler leaves out steps that control "
             "variates count on. Use --bf16."
         )
-    sampled, least = sampled_clients(fed.fraction_train, fed.num_clients), method.least_updates()
+    sampled, least = (
+        sampled_clients(fed.fraction_train, fed.num_clients),
+        method.rule.least_updates(),
+    )
     if sampled < least:
         return (
             f"--strategy {fed.strategy}: expected at least {least} clients asked in a round, "
             f"received {sampled}. Raise --num_clients or --fraction_train, or change what asks for "
             "so many in --strategy_args (f, m, beta)."
         )
-    if method.buffer(sampled) and fed.min_replies is not None:
+    if method.rule.buffer(sampled) and fed.min_replies is not None:
         return (
             f"--min_replies with --strategy {fed.strategy}: the buffer says how many updates end a "
             "round. Leave it out, and set size in --strategy_args."

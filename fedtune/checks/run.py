@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from fedtune.config import ARMS, TRACKERS, Arguments, sampled_clients
+from fedtune.extensions import WORKFLOWS
 from fedtune.lists import split_names
 from fedtune.nearest import nearest
 
@@ -20,6 +21,7 @@ __all__ = [
     "output",
     "seeds",
     "track",
+    "workflow",
 ]
 
 
@@ -29,6 +31,14 @@ def one_budget(args: Arguments) -> str | None:
     if fed.steps_per_round is not None and fed.epochs_per_round is not None:
         return "--steps_per_round and --epochs_per_round are both set. Keep one of them."
     return None
+
+
+def workflow(args: Arguments) -> str | None:
+    """Whether there is such a workflow."""
+    name = args.federation.workflow
+    if name in WORKFLOWS:
+        return None
+    return f"--workflow: unknown workflow {name!r}. {nearest(name, WORKFLOWS)}"
 
 
 def min_replies(args: Arguments) -> str | None:

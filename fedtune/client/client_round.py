@@ -23,7 +23,6 @@ from fedtune.client.corrections import ControlVariates, GradientCorrection, make
 from fedtune.client.memory import Kept
 from fedtune.client.replies import Sent
 from fedtune.errors import ConfigError, ManifestError
-from fedtune.strategies.base import Correction
 from fedtune.transport.messages import EvaluateTask, RoundTask
 
 __all__ = ["ClientRound", "Outgoing", "completed", "refuse_fp16", "refuse_own_weights", "remembers"]
@@ -161,5 +160,5 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _correction(task: RoundTask, sent: Sent, kept: Kept) -> GradientCorrection | None:
     if not task.correction:
         return None
-    wanted = Correction(task.correction, json.loads(task.correction_settings))
-    return make_correction(wanted, sent.control, kept.control)
+    settings = json.loads(task.correction_settings)
+    return make_correction(task.correction, settings, sent.control, kept.control)

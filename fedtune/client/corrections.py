@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from fedtune.adapters.names import trainable_tensors
 from fedtune.errors import ConfigError
-from fedtune.strategies.base import Correction
 
 __all__ = [
     "ControlVariates",
@@ -125,15 +124,18 @@ class ControlVariates:
 
 
 def make_correction(
-    wanted: Correction, control: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    name: str,
+    settings: Mapping[str, float],
+    control: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
 ) -> GradientCorrection:
     """What the server's method wants its clients to do; controls as for `ControlVariates`."""
-    if wanted.name == "fedprox":
-        return ProximalTerm(**wanted.settings)
-    if wanted.name == "scaffold":
+    if name == "fedprox":
+        return ProximalTerm(**settings)
+    if name == "scaffold":
         return ControlVariates(control, own)
     raise ConfigError(
-        f"correction: expected fedprox or scaffold, received {wanted.name!r}. Use the same fedtune "
+        f"correction: expected fedprox or scaffold, received {name!r}. Use the same fedtune "
         "release everywhere."
     )
 

@@ -34,7 +34,7 @@ from fedtune.client.replies import LocalResult, Sent
 from fedtune.client.score import Score
 from fedtune.client.undisturbed import same_rng, silent, undisturbed
 from fedtune.errors import ConfigError
-from fedtune.strategies.updates import finite_or_none
+from fedtune.server.rounds.check_update import finite_or_none
 from fedtune.transport.messages import RoundTask
 
 __all__ = [

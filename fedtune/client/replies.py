@@ -131,7 +131,7 @@ def trained(client: str, task: RoundTask, result: LocalResult) -> RecordDict:
     """The update of a round."""
     return pack(
         arrays=result.params,
-        control=result.control_change,
+        extras={CONTROL: result.control_change},
         metrics={
             "num-examples": result.num_examples,
             "num-tokens": result.num_tokens,

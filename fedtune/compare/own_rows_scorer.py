@@ -16,9 +16,9 @@ from fedtune.client.replies import Sent
 from fedtune.client.undisturbed import same_rng, silent
 from fedtune.client.worker import Worker
 from fedtune.server.checkpoint import ServerState
+from fedtune.server.rounds.check_update import finite_or_none
 from fedtune.strategies.lora.manifests import ranks_of
 from fedtune.strategies.lora.ranks import resize
-from fedtune.strategies.updates import finite_or_none
 
 __all__ = ["OwnRows"]
 

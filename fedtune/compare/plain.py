@@ -17,7 +17,7 @@ from fedtune.client.per_token import PerToken
 from fedtune.client.replies import Sent
 from fedtune.client.undisturbed import get_rng, set_rng
 from fedtune.results.round_record import RoundRecord
-from fedtune.strategies.updates import finite_or_none
+from fedtune.server.rounds.check_update import finite_or_none
 
 __all__ = ["PlainRun", "run_plain"]
 

@@ -17,6 +17,7 @@ from fedtune.server.submission import FEDERATION
 
 __all__ = ["follow"]
 
+STOPPED = "finished:stopped"  # what Flower says of a run that it was told to stop
 POLL_S = 0.2
 ALIVE_S = 10.0  # asking Flower costs a second of CPU
 ALIVE_SHARE = 4.0  # on a busy host many: what is waited for should get most of the CPU
@@ -79,11 +80,17 @@ def follow(
                 same = _read(directory / FEDERATION, since) == state
                 doubts = doubts + 1 if reason and same else 0
                 if doubts == DOUBTS:
-                    where = f"in round {len(rounds) + 1}" if state else "before it had started"
-                    raise RoundError(
-                        f"the server ended {where} without a word ({str(reason).rstrip('.')})."
-                    )
+                    raise RoundError(_ended(str(reason), len(rounds) + 1 if state else 0))
             time.sleep(POLL_S)
+
+
+def _ended(reason: str, number: int) -> str:
+    """Why a run is over that says nothing itself; `number` of the round it was in, from 1."""
+    where = f"in round {number}" if number else "before it had started"
+    if reason.startswith(STOPPED):
+        way = "continue with --resume" if number > 1 else "begin again with --overwrite"
+        return f"stopped {where} by fedtune stop; {way}."
+    return f"the server ended {where} without a word ({reason.rstrip('.')})."
 
 
 def _read(path: Path, since: float) -> dict[str, Any]:

@@ -12,16 +12,19 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.adapters import Manifest, check, load_init_adapter
 from fedtune.config import FederationArguments, TransportArguments
 from fedtune.errors import FedtuneError, RoundError, RunStopped, private
+from fedtune.extensions import WORKFLOWS
 from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.membership import ClientsHook, Membership
-from fedtune.server.rounds import AttemptHook, Plan, RoundHook, run_rounds
+from fedtune.server.plan import Plan
+from fedtune.server.rounds.bounds import DEFAULT, Bounds
+from fedtune.server.rounds.check_update import reason_of
+from fedtune.server.rounds.exchange import DirectExchange
+from fedtune.server.rounds.workflow import Setting
+from fedtune.server.run_rounds import AttemptHook, RoundHook, run_rounds
 from fedtune.strategies import Method
 from fedtune.strategies.agreement import check_manifest
-from fedtune.strategies.bounds import DEFAULT, Bounds
 from fedtune.strategies.registry import name_of
-from fedtune.strategies.shell import FedStrategy
-from fedtune.strategies.updates import reason_of
 from fedtune.transport.codec_grid import CodecGrid
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import (
@@ -52,6 +55,7 @@ class ServerRun:
         on_attempt: called with every attempt at a round that failed.
         start: state to continue from, or None to begin.
         bounds: of what one client's reply may do.
+        workflow: name of what a round is.
         init_adapter: directory of the first global adapter, or None to take a client's.
         join_timeout_s: how long to wait for them.
         deployed: whether clients are sites that come and go, and must be told of the end.
@@ -68,6 +72,7 @@ class ServerRun:
     fraction_train: float = 1.0
     min_replies: str | None = None
     bounds: Bounds = DEFAULT
+    workflow: str = "central"
     start: ServerState | None = None
     init_adapter: Path | None = None
     join_timeout_s: float = 120.0
@@ -101,6 +106,7 @@ class ServerRun:
             min_replies=federation.min_replies,
             join_timeout_s=federation.round_timeout_s,
             bounds=Bounds.of(federation),
+            workflow=federation.workflow,
             init_adapter=Path(init_adapter) if init_adapter else None,
             codec=CodecSettings.of(
                 transport or TransportArguments(), refactors=method.properties.refactors
@@ -180,24 +186,14 @@ def _run_all(
     if coded is not None and not state.round:
         coded.begin(state.params)
     members.admit(state)
-    strategy = FedStrategy(
-        run.method,
-        state.manifest,
-        static=state.static,
-        pooled=not run.plan.sites_evaluate,
-        fraction_train=run.fraction_train,
-        min_replies=run.min_replies,
-        bounds=run.bounds,
-        seed=run.plan.seed,
-        run_id=run.plan.run,
-        ttl_s=run.plan.round_timeout_s,
+    plan = run.plan
+    exchange = DirectExchange(grid, timeout_s=plan.round_timeout_s, seed=plan.seed)
+    workflow = WORKFLOWS[run.workflow](
+        Setting(exchange, run.method, plan, run.fraction_train, run.min_replies, run.bounds)
     )
-    last = run_rounds(grid, strategy, run.plan, state, run.on_round, members, run.on_attempt)
+    last = run_rounds(workflow, exchange, plan, state, run.on_round, members, run.on_attempt)
     if run.deployed:  # a site that still trains would not hear the goodbye
-        for _ in grid.send_and_receive(
-            [], timeout=run.plan.round_timeout_s, pending=strategy.pending
-        ):
-            pass
+        exchange.drain()
     return last
 
 
@@ -241,8 +237,8 @@ def _first_state(grid: EagerGrid, member: Member, run: ServerRun) -> ServerState
 
 def _never_trains(method: Method, name: str) -> bool:
     """Rules that let a factor stand still do so always, or every other round."""
-    return not method.trains(name, 1) and not method.trains(name, 2)
+    return not method.rule.trains(name, 1) and not method.rule.trains(name, 2)
 
 
 def _personal(method: Method, state: ServerState | None) -> list[str]:
-    return [name for name in state.params if not method.travels(name)] if state else []
+    return [name for name in state.params if not method.rule.travels(name)] if state else []

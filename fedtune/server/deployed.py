@@ -22,7 +22,8 @@ from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, serve
 from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
-from fedtune.server.rounds import Plan, RoundHook
+from fedtune.server.plan import Plan
+from fedtune.server.run_rounds import RoundHook
 from fedtune.server.store import RunStore
 from fedtune.server.submission import FEDERATION, STOP, Submission
 from fedtune.strategies import strategy_of

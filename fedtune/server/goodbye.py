@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from flwr.app import RecordDict
 
 from fedtune.server.checkpoint import ServerState
-from fedtune.strategies.views import Views
+from fedtune.server.rounds.client_views import ClientViews
 from fedtune.transport.messages import Member, pack
 from fedtune.transport.records import to_arrays
 
@@ -32,7 +32,7 @@ def goodbyes(
     told = {node: pack(config=words) for node in nodes}
     if state is None:
         return told
-    views = Views(state.params, to_arrays(state.params), "end")
+    views = ClientViews(state.params, "end")
     base = to_arrays(state.base.sent(state.params)) if state.base.terms else None
     for node in told.keys() & met.keys():
         member = met[node]

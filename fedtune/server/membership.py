@@ -24,9 +24,9 @@ from fedtune.server.bases import Bases
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.goodbye import goodbyes
 from fedtune.server.nodes import Node, Stage, objection, row
+from fedtune.server.rounds.check_update import one_line, reason_of
 from fedtune.strategies.agreement import check_ranks, rank_objection
 from fedtune.strategies.lora.manifests import like, rank_total
-from fedtune.strategies.updates import one_line, reason_of
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import FINISH, PLAN, SETUP, Declared, Member, PlanTask, pack
 from fedtune.transport.records import config_of

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from fedtune.config import FederationArguments
 from fedtune.lists import strategy_settings
-from fedtune.strategies.base import ClientStats, Correction, Fold, Method, Properties
-from fedtune.strategies.fedavg import FedAvg, FixedGlobal
+from fedtune.strategies.base import ClientStats, Correction, Fold, Properties, Rule
+from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategies.fixed_global import fixed_global
 from fedtune.strategies.mean import RunningMean
+from fedtune.strategies.method import Method
 from fedtune.strategies.registry import METHODS, build_method, for_mixed_ranks, setting_names
+from fedtune.strategies.server_step import ServerOptimizer
 
 __all__ = [
     "METHODS",
     "ClientStats",
     "Correction",
     "FedAvg",
-    "FixedGlobal",
     "Fold",
     "Method",
     "Properties",
+    "Rule",
     "RunningMean",
+    "ServerOptimizer",
     "build_method",
+    "fixed_global",
     "for_mixed_ranks",
     "setting_names",
     "strategy_of",

@@ -10,15 +10,16 @@ from torch import Tensor
 from fedtune.adapters import Entry
 from fedtune.errors import ConfigError, ManifestError
 from fedtune.strategies import Method, build_method
+from fedtune.strategies.aggregator import Aggregator, Contribution
 from fedtune.strategies.agreement import check_agreement, check_reference, check_variants
 from fedtune.strategies.base import Round
-from fedtune.strategies.combined import Combined
 from fedtune.strategies.given import given_reference, given_updates, given_weights
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.manifests import ranks_in
 from fedtune.strategies.registry import STOCK
 from fedtune.strategies.residuals import residuals
 from fedtune.strategies.scaling import Scaling, common_scaling
+from fedtune.streaming.source import InMemory
 
 __all__ = ["Aggregate", "aggregate"]
 
@@ -78,12 +79,15 @@ def aggregate(
     check_agreement(name, method.properties, given)
     check_reference(name, method.properties, given[0], start)
     equal, scales = common_scaling(given, by, scaling)
-    fold = method.fold(Round(reference=start, scaling=scales, rank=_ranks([start, *given])))
+    now = Round(reference=start, scaling=scales, rank=_ranks([start, *given]))
+    aggregation = Aggregator(method).begin(now)
     for update, weight in zip(equal, by, strict=True):
-        fold.add(update, weight)
-    params = _step(name, method, fold.result(), start)
-    params = {key: value.to(given[0][key].dtype) for key, value in sorted(params.items())}
-    base: dict[str, Factors] = getattr(fold, "base", {})
+        aggregation.add(Contribution(InMemory(update), weight=weight))
+    if method.optimizer is not None:
+        _check_step(name, aggregation.result, start)
+    found = aggregation.finish()
+    params = {key: value.to(given[0][key].dtype) for key, value in sorted(found.params.items())}
+    base = dict(found.terms)
     static = {key: tensor for key, tensor in start.items() if key not in given[0]}
     whole = [{**static, **update} for update in equal]
     residual, residual_fedavg = residuals(whole, by, scales, {**static, **params}, base)
@@ -105,14 +109,12 @@ def _method(name: str, settings: Mapping[str, float]) -> Method:
     except ConfigError as error:
         text = str(error).replace("--strategy_args", "aggregate").replace("--strategy", "aggregate")
         raise ConfigError(text) from None
-    correction = method.correction()
-    if correction is not None:
+    if method.correction is not None:
         raise ConfigError(
-            f"aggregate: {correction.name} changes how clients train, not what the server makes of "
-            "their updates. Leave it out; alone it is fedavg."
+            f"aggregate: {method.correction.name} changes how clients train, not what the server "
+            "makes of their updates. Leave it out; alone it is fedavg."
         )
-    rule = method.rule if isinstance(method, Combined) else method
-    if type(rule).server_rate is not Method.server_rate:
+    if method.properties.needs_steps:
         raise ConfigError(
             f"aggregate: {name} needs every client's number of steps, which updates do not hold. "
             "Use fedavg."
@@ -128,16 +130,8 @@ def _ranks(parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
     return {name: max(ranks.get(name, 0) for ranks in held) for name in held[1]}
 
 
-def _step(
-    name: str,
-    method: Method,
-    params: dict[str, Tensor],
-    reference: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The server's step on every tensor, where the method has one of its own."""
-    server = method.server if isinstance(method, Combined) else method
-    if type(server).step is Method.step:
-        return params
+def _check_step(name: str, params: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+    """Whether the server can go from `reference` to what the rule has made."""
     missing = sorted(params.keys() - reference.keys())
     if missing:
         raise ConfigError(
@@ -150,4 +144,3 @@ def _step(
                 f"reference: `{key}`: {name} expected {Entry.of(value)}, as the round has made it, "
                 f"received {Entry.of(reference[key])}. Give the global adapter at that rank."
             )
-    return {key: method.step(reference[key], value, {})[0] for key, value in params.items()}

@@ -1,31 +1,30 @@
-"""What a federated method is: declared properties, and a few pure functions on tensors.
+"""What the parts of a federated method are: rules, corrections; a few pure functions on tensors.
 
-The shell (`shell.py`) calls them in this order each round; a method overrides what its paper
-changes and inherits the rest, which together is FedAvg:
+The server (`aggregator.py`) calls a rule in this order each round; a rule overrides what its paper
+changes and inherits the rest, which is FedAvg:
 
-    correction()           -> what clients add to their gradients; None for nothing
-    weigh(stats)           -> weight of one client's update
     trains(name, round)    -> whether clients train a tensor in this round
     travels(name)          -> whether it is sent, or stays with its client
-    fold(now)              -> add(params, weight) per reply, result() once
+    weigh(stats)           -> weight of one client's update
+    fold(now)              -> add(params, weight) per update, result() once
     server_rate(stats)     -> how far the server goes from the old parameters to that result
-    step(old, new, state)  -> the new global value of one tensor, and the server's state for it
+    cumulate(total, terms) -> what has been added to the base so far
 
-Methods know tensors and numbers, neither Flower nor PEFT.
+Rules know tensors and numbers, neither Flower nor PEFT.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from fedtune.strategies.mean import RunningMean
 
-if TYPE_CHECKING:  # the rules in there are methods themselves
+if TYPE_CHECKING:  # what is in there imports this
     from fedtune.strategies.lora.cumulative import Cumulative
     from fedtune.strategies.lora.factors import Factors
 
@@ -36,9 +35,10 @@ __all__ = [
     "Correction",
     "Exactness",
     "Fold",
-    "Method",
     "Properties",
     "Round",
+    "Rule",
+    "Seen",
 ]
 
 Axis = Literal["correction", "rule", "server_optimizer"]
@@ -47,12 +47,14 @@ Exactness = Literal["exact", "to rank", "approximate"]
 
 @dataclass(frozen=True)
 class Properties:
-    """What `checks/`, the docs and the contract test need to know of a method.
+    """What `checks/`, the docs, the server and the contract test need to know of a rule.
 
     Attributes:
-        axis: the one axis it occupies when methods are joined by `+`; None combines with nothing.
+        combines: whether it may be joined with methods of other axes by `+`.
         sum_suffices: the weighted sum of updates is all it needs (secure aggregation, eager fold).
-        client_state: clients keep state of the method between rounds.
+        personal: some of the trained tensors stay with each client, which keeps them.
+        buffered: a round ends while clients are under way; their updates count later.
+        needs_steps: how far the server goes depends on the clients' numbers of steps.
         changes_base: it adds to the frozen base model.
         refactors: the new factors are in other coordinates: Adam's moments, server optimizers and
             control variates do not fit them.
@@ -65,9 +67,11 @@ class Properties:
         variants: kinds of tensors it is right for (`lora/names.py`); None for all.
     """
 
-    axis: Axis | None = None
+    combines: bool = True
     sum_suffices: bool = True
-    client_state: bool = False
+    personal: bool = False
+    buffered: bool = False
+    needs_steps: bool = False
     changes_base: bool = False
     refactors: bool = False
     robust: bool = False
@@ -111,26 +115,57 @@ class ClientStats:
     most_weight: float = math.inf
 
 
-@dataclass(frozen=True)
-class Correction:
-    """What clients add to their gradients (`client/corrections.py`).
-
-    Attributes:
-        name: of the correction.
-        settings: its numbers.
-        control: whether a control variate travels beside the parameters, both ways.
-    """
-
-    name: str
-    settings: Mapping[str, float] = field(default_factory=dict)
-    control: bool = False
-
-
 Params = Mapping[str, Tensor]
 
 
+class Seen(NamedTuple):
+    """Numbers of clients.
+
+    Attributes:
+        before: clients that the server's extras are a mean over.
+        ever: clients that have ever taken part, or do now.
+        now: clients whose updates the round has taken.
+    """
+
+    before: int
+    ever: int
+    now: int
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What clients add to their gradients (`client/round/corrections.py`).
+
+    Attributes:
+        name: by which clients know it.
+        extras: what travels beside the parameters, both ways, and is kept at the client between
+            its rounds, one tensor a parameter: the name of its record, and what it is called.
+    """
+
+    axis: ClassVar[Axis] = "correction"
+    name: ClassVar[str]
+    extras: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Numbers that clients need."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def advance(
+        self, extras: Mapping[str, Params], changes: Mapping[str, Params], seen: Seen
+    ) -> dict[str, dict[str, Tensor]]:
+        """The server's extras after a round; a tensor that is missing is zero.
+
+        Args:
+            extras: name -> the server's tensors before.
+            changes: name -> the mean of what the round's clients have sent of it.
+            seen: how many clients there are.
+        """
+        return {}
+
+
 class Fold(Protocol):
-    """Consumes replies one at a time; only robust rules keep them (`kept.py`)."""
+    """Consumes replies one at a time; only robust rules keep them (`keep_all.py`)."""
 
     def add(self, params: Mapping[str, Tensor], weight: float) -> None:
         """Fold one client's parameters in."""
@@ -140,22 +175,13 @@ class Fold(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
-    """Base of all methods; with nothing overridden it is FedAvg (McMahan 2017, Alg. 1)."""
+class Rule:
+    """How updates become one; with nothing overridden it is FedAvg (McMahan 2017, Alg. 1)."""
 
     weight_by: Literal["tokens", "examples", "uniform"] = "tokens"
 
+    axis: ClassVar[Axis] = "rule"
     properties: ClassVar[Properties] = Properties()
-
-    def correction(self) -> Correction | None:
-        """What clients add to their gradients."""
-        return None
-
-    @property
-    def has_control(self) -> bool:
-        """Whether a control variate travels beside the parameters."""
-        correction = self.correction()
-        return correction is not None and correction.control
 
     def share(self, stats: ClientStats) -> float:
         """Weight of one client's rows in the objective, by `weight_by`, before normalisation."""
@@ -211,15 +237,3 @@ class Method:
     def cumulate(self, total: Cumulative, terms: Mapping[str, Factors]) -> Cumulative:
         """What has been added to the base so far, with the terms of a round."""
         return total
-
-    def step(
-        self, old: Tensor, new: Tensor, state: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Server update of one tensor, in the dtype of `old`.
-
-        Args:
-            old: the global value.
-            new: the round's aggregate; of half precision it is not rounded yet.
-            state: what the previous round's step returned.
-        """
-        return new.to(old.dtype), {}

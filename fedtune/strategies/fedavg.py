@@ -9,48 +9,16 @@ kept, so that K equal updates return that update. On LoRA it averages A and B ap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from fedtune.strategies.base import Properties, Rule
 
-from fedtune.strategies.base import ANY_ROUND, Method, Properties, Round
-from fedtune.strategies.lora.padding import widen
-from fedtune.strategies.mean import RunningMean
-
-__all__ = ["FedAvg", "FixedGlobal"]
+__all__ = ["FedAvg"]
 
 
 @dataclass(frozen=True)
-class FedAvg(Method):
+class FedAvg(Rule):
     """The mean replaces the global parameters."""
 
-
-@dataclass(frozen=True)
-class FixedGlobal(Method):
-    """Control of a comparison: clients train, and every round restarts from the same global."""
-
-    properties: ClassVar[Properties] = Properties(mixed_ranks=True)
-
-    def fold(self, now: Round = ANY_ROUND) -> _PaddedMean:
-        """The mean, of which only the drift is used."""
-        return _PaddedMean(now)
-
-    def step(
-        self, old: Tensor, new: Tensor, state: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keep the old value."""
-        return old, {}
-
-
-class _PaddedMean(RunningMean):
-    """Lower LoRA ranks count as padded with zeros."""
-
-    def __init__(self, now: Round) -> None:
-        super().__init__()
-        self._wide = {name: tuple(tensor.shape) for name, tensor in now.reference.items()}
-
-    def add(self, params: Mapping[str, Tensor], weight: float) -> None:
-        """Fold one client's parameters in."""
-        super().add(widen(params, self._wide) if self._wide else params, weight)
+    properties: ClassVar[Properties] = Properties(combines=False)

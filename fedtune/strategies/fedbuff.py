@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.strategies.base import Method, Properties
+from fedtune.strategies.base import Properties, Rule
 from fedtune.strategies.mean import unrounded
 from fedtune.strategies.settings import COUNT, NOT_NEGATIVE, setting
 
@@ -27,7 +27,7 @@ __all__ = ["FedBuff"]
 
 
 @dataclass(frozen=True)
-class FedBuff(Method):
+class FedBuff(Rule):
     """Buffered, staleness-weighted updates.
 
     Attributes:
@@ -38,7 +38,7 @@ class FedBuff(Method):
     size: int = setting(0, COUNT)
     exponent: float = setting(0.5, NOT_NEGATIVE)
 
-    properties: ClassVar[Properties] = Properties(axis="rule")
+    properties: ClassVar[Properties] = Properties(buffered=True)
 
     def buffer(self, clients: int) -> int:
         """At most as many as there are clients at work."""

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import repeat
 
-from fedtune.strategies.base import ClientStats, Method, Properties
+from fedtune.strategies.base import ClientStats, Properties, Rule
 from fedtune.strategies.settings import SHARE, setting
 
 __all__ = ["FedNova", "path_length"]
 
 
 @dataclass(frozen=True)
-class FedNova(Method):
+class FedNova(Rule):
     """Normalised averaging.
 
     Attributes:
@@ -38,7 +38,7 @@ class FedNova(Method):
     client_momentum: float = setting(0.0, SHARE)
     prox: float = setting(0.0, SHARE)
 
-    properties = Properties(axis="rule")
+    properties = Properties(needs_steps=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """p_k / |a_k|."""

@@ -9,25 +9,22 @@ The gradient of mu/2 |y - x|^2, added by the client once per optimizer step
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtune.strategies.base import Correction, Method, Properties
+from fedtune.strategies.base import Correction
 from fedtune.strategies.settings import NOT_NEGATIVE, setting
 
 __all__ = ["FedProx"]
 
 
 @dataclass(frozen=True)
-class FedProx(Method):
+class FedProx(Correction):
     """Proximal term.
 
     Attributes:
         mu: its strength; the paper tries 0.001 to 1.
     """
 
+    name: ClassVar[str] = "fedprox"
+
     mu: float = setting(0.01, NOT_NEGATIVE)
-
-    properties = Properties(axis="correction")
-
-    def correction(self) -> Correction:
-        """The proximal term's gradient."""
-        return Correction("fedprox", {"mu": self.mu})

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import RoundError
-from fedtune.strategies.base import ANY_ROUND, ClientStats, Fold, Method, Properties, Round
-from fedtune.strategies.kept import BLOCK, Keep
+from fedtune.strategies.base import ANY_ROUND, ClientStats, Fold, Properties, Round, Rule
+from fedtune.strategies.keep_all import BLOCK, Keep
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import lora_modules
 from fedtune.strategies.mean import RunningMean
@@ -36,7 +36,7 @@ Params = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Krum(Method):
+class Krum(Rule):
     """The one update that is closest to its neighbours.
 
     Attributes:
@@ -48,7 +48,7 @@ class Krum(Method):
     f: int = setting(1, COUNT)
     products: int = setting(0, FLAG)
 
-    properties = Properties(axis="rule", sum_suffices=False, robust=True)
+    properties = Properties(sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""
@@ -64,7 +64,7 @@ class Krum(Method):
 
 
 @dataclass(frozen=True)
-class MultiKrum(Method):
+class MultiKrum(Rule):
     """The mean of the updates that are closest to their neighbours.
 
     Attributes:
@@ -78,7 +78,7 @@ class MultiKrum(Method):
     m: int = setting(0, COUNT)
     products: int = setting(0, FLAG)
 
-    properties = Properties(axis="rule", sum_suffices=False, robust=True)
+    properties = Properties(sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""

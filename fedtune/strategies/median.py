@@ -14,17 +14,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedtune.strategies.base import ANY_ROUND, ClientStats, Fold, Method, Properties, Round
-from fedtune.strategies.kept import Keep, by_coordinate
+from fedtune.strategies.base import ANY_ROUND, ClientStats, Fold, Properties, Round, Rule
+from fedtune.strategies.keep_all import Keep, by_coordinate
 
 __all__ = ["Median"]
 
 
 @dataclass(frozen=True)
-class Median(Method):
+class Median(Rule):
     """The middle value of every coordinate."""
 
-    properties = Properties(axis="rule", sum_suffices=False, robust=True)
+    properties = Properties(sum_suffices=False, robust=True)
 
     def weigh(self, stats: ClientStats) -> float:
         """Every client alike."""

@@ -9,9 +9,10 @@ from numbers import Real
 from typing import Any
 
 from fedtune.errors import ConfigError
+from fedtune.extensions import Extensions
 from fedtune.nearest import nearest
-from fedtune.strategies.base import Method
-from fedtune.strategies.combined import Combined
+from fedtune.strategies.base import Rule
+from fedtune.strategies.compatibility import why_not
 from fedtune.strategies.diloco import DiLoCo
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
@@ -22,14 +23,14 @@ from fedtune.strategies.fedprox import FedProx
 from fedtune.strategies.krum import Krum, MultiKrum
 from fedtune.strategies.lora import LORA_RULES
 from fedtune.strategies.median import Median
-from fedtune.strategies.pairs import why_not
+from fedtune.strategies.method import FIELDS, Method, Part
 from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.settings import settings_of
 from fedtune.strategies.trimmed_mean import TrimmedMean
 
 __all__ = ["METHODS", "build_method", "for_mixed_ranks", "name_of", "setting_names"]
 
-METHODS: dict[str, type[Method]] = {
+BUILT_IN: dict[str, type[Part]] = {
     "fedavg": FedAvg,
     # corrections at the client
     "fedprox": FedProx,
@@ -49,14 +50,18 @@ METHODS: dict[str, type[Method]] = {
     "fedavgm": FedAvgM,
     "fedyogi": FedYogi,
 }
+METHODS: Extensions[type[Part]] = Extensions("fedtune.methods", "--strategy", BUILT_IN)
 
-MEMBERS = {"correction": "client", "rule": "rule", "server_optimizer": "server"}
 STOCK = "flwr:"
 
 
 def for_mixed_ranks() -> str:
     """Names of the methods whose clients may have different LoRA ranks."""
-    return ", ".join(name for name, method in METHODS.items() if method.properties.mixed_ranks)
+    return ", ".join(
+        name
+        for name, part in METHODS.items()
+        if issubclass(part, Rule) and part.properties.mixed_ranks
+    )
 
 
 def setting_names(name: str) -> list[str]:
@@ -65,9 +70,11 @@ def setting_names(name: str) -> list[str]:
 
 
 def name_of(method: Method) -> str:
-    """As `--strategy` spells it; a combined method by its rule."""
-    rule = method.rule if isinstance(method, Combined) else method
-    return next((name for name, cls in METHODS.items() if cls is type(rule)), type(rule).__name__)
+    """As `--strategy` spells it; by its rule, or by what stands alone."""
+    parts = (method.rule, method.correction, method.optimizer)
+    named = {type(part): part for part in parts if part and type(part) is not FedAvg}
+    kind = next(iter(named), FedAvg)
+    return next((name for name, cls in METHODS.items() if cls is kind), kind.__name__)
 
 
 def build_method(
@@ -83,23 +90,20 @@ def build_method(
             together, a setting is ambiguous or out of range.
     """
     if strategy.startswith(STOCK) and "+" not in strategy:
-        from fedtune.strategies.stock import stock_method  # Flower, only where it is asked for
+        from fedtune.strategies.stock import stock_rule  # Flower, only where it is asked for
 
-        return stock_method(strategy.removeprefix(STOCK), weight_by, settings or {})
+        return Method(stock_rule(strategy.removeprefix(STOCK), weight_by, settings or {}))
     names = strategy.split("+")
     _check_names(strategy, names)
     routed = _route(strategy, names, settings or {})
-    built: dict[str, Any] = {
-        name: METHODS[name](weight_by=weight_by, **routed[name])  # type: ignore[arg-type]
-        for name in names
-    }
-    if len(names) == 1:
-        method: Method = built[strategy]
-        return method
-    _check_pairs(strategy, built)
-    members = dict.fromkeys(MEMBERS.values(), FedAvg(weight_by=weight_by))  # type: ignore[arg-type]
-    members |= {MEMBERS[str(METHODS[name].properties.axis)]: built[name] for name in names}
-    return Combined(weight_by=weight_by, **members)  # type: ignore[arg-type]
+    parts: list[Any] = [FedAvg(weight_by=weight_by)]  # type: ignore[arg-type]
+    for name in names:
+        cls: Any = METHODS[name]
+        weighing = {"weight_by": weight_by} if cls.axis == "rule" else {}
+        parts.append(cls(**weighing, **routed[name]))
+    method = Method.of(*parts)
+    _check_pairs(strategy, names, method)
+    return method
 
 
 def _check_names(strategy: str, names: list[str]) -> None:
@@ -108,25 +112,31 @@ def _check_names(strategy: str, names: list[str]) -> None:
             raise ConfigError(f"--strategy {strategy}: {name} combines with no other method.")
         if name not in METHODS:
             raise ConfigError(f"--strategy: unknown method {name!r}. {nearest(name, METHODS)}")
-    axes = [METHODS[name].properties.axis for name in names]
+    axes = [METHODS[name].axis for name in names]
     for name, axis in zip(names, axes, strict=True):
-        if len(names) > 1 and (axis is None or axes.count(axis) > 1):
-            reason = "combines with no other method" if axis is None else f"is a second {axis}"
+        cls = METHODS[name]
+        alone = issubclass(cls, Rule) and not cls.properties.combines
+        if len(names) > 1 and (alone or axes.count(axis) > 1):
+            reason = "combines with no other method" if alone else f"is a second {axis}"
             raise ConfigError(
                 f"--strategy {strategy}: {name} {reason}. Use one method of each axis."
             )
 
 
-def _check_pairs(strategy: str, built: Mapping[str, Method]) -> None:
-    rules = [name for name in built if built[name].properties.axis == "rule"]
-    for rule in rules:
-        for name, method in built.items():
-            reason = None if name == rule else why_not(method, built[rule])
-            if reason is not None:
-                raise ConfigError(
-                    f"--strategy {strategy}: {name} does not go with {rule}: {reason}. "
-                    "Leave one of them out."
-                )
+def _check_pairs(strategy: str, names: list[str], method: Method) -> None:
+    rule = next((name for name in names if METHODS[name].axis == "rule"), "")
+    for name, part in zip(names, (_part(method, name) for name in names), strict=True):
+        reason = None if name == rule else why_not(part, method.rule)
+        if rule and reason is not None:
+            raise ConfigError(
+                f"--strategy {strategy}: {name} does not go with {rule}: {reason}. "
+                "Leave one of them out."
+            )
+
+
+def _part(method: Method, name: str) -> Part:
+    part: Part = getattr(method, FIELDS[METHODS[name].axis])
+    return part
 
 
 def _route(

@@ -10,12 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from fedtune.adapters import Manifest
 from fedtune.strategies.lora.certificate import relative_errors
+from fedtune.strategies.lora.configs import has_products
 from fedtune.strategies.lora.factors import Factors, stack
-from fedtune.strategies.lora.names import LoraModule, lora_modules
-from fedtune.strategies.lora.rule import Terms, fingerprint
+from fedtune.strategies.lora.names import LoraModule, is_lora_a, is_lora_b, lora_modules
+from fedtune.strategies.lora.product_rule import Terms, fingerprint
+from fedtune.strategies.method import Method
 
-__all__ = ["Certificate", "residuals"]
+__all__ = ["Certificate", "certifies", "residuals"]
+
+# For the residuals the factors of all updates are kept, up to this many: 32 MB in fp32, and 1 GB
+# for a LoRA rule. They are a figure beside a mean that needs no more memory for more clients.
+CERTIFIED_VALUES, CERTIFIED_VALUES_OF_A_RULE = 8_000_000, 250_000_000
 
 
 class Certificate:
@@ -48,6 +55,21 @@ class Certificate:
         errors = residuals(updates, weights, self._scaling, params, base)
         of_method, of_fedavg = (error if math.isfinite(error) else None for error in errors)
         return of_method, of_fedavg
+
+
+def certifies(method: Method, manifest: Manifest, clients: int) -> bool:
+    """Whether the residuals of a round are worth keeping its factors, and can be known."""
+    entries = manifest.entries
+    if not all(map(method.rule.travels, entries)):  # the server never sees what stays with clients
+        return False
+    if not has_products(manifest.adapter_config):
+        return False
+    lora = [name for name in entries if is_lora_a(name) or is_lora_b(name)]
+    values = clients * sum(math.prod(entries[name].shape) for name in lora)
+    if not method.properties.sum_suffices and method.properties.variants is not None:
+        return bool(lora)  # the rule keeps them anyway
+    for_lora = method.properties.variants is not None
+    return 0 < values <= (CERTIFIED_VALUES_OF_A_RULE if for_lora else CERTIFIED_VALUES)
 
 
 def residuals(

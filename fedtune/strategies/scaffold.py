@@ -18,24 +18,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedtune.strategies.base import Correction, Method, Properties
+from fedtune.strategies.base import Correction, Seen
 
 __all__ = ["Scaffold", "next_control", "widened"]
 
 
+CONTROL = "control"
+
+
 @dataclass(frozen=True)
-class Scaffold(Method):
+class Scaffold(Correction):
     """Control variates; no settings. A server learning rate is another axis: `scaffold+fedavgm`."""
 
-    properties = Properties(axis="correction", client_state=True)
+    name: ClassVar[str] = "scaffold"
+    extras: ClassVar[Mapping[str, str]] = {CONTROL: "control variate"}
 
-    def correction(self) -> Correction:
-        """The control variates."""
-        return Correction("scaffold", control=True)
+    def advance(
+        self,
+        extras: Mapping[str, Mapping[str, Tensor]],
+        changes: Mapping[str, Mapping[str, Tensor]],
+        seen: Seen,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The server's c after a round."""
+        control = widened(extras.get(CONTROL, {}), seen.before, seen.ever)
+        change = changes.get(CONTROL, {})
+        return {CONTROL: control | next_control(control, change, seen.now / seen.ever)}
 
 
 def widened(control: Mapping[str, Tensor], before: int, clients: int) -> dict[str, Tensor]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedtune.strategies.base import Method, Properties
+from fedtune.strategies.base import Axis
 
 __all__ = ["Memory", "Moved", "ServerOptimizer", "server_step"]
 
@@ -27,10 +28,10 @@ Moved = tuple[Tensor, dict[str, Tensor]]  # the move, and the next memory
 LOST = "lost"
 
 
-class ServerOptimizer(Method):
-    """A method whose formula is `move`."""
+class ServerOptimizer:
+    """How the server goes from the old parameters towards the aggregate; the formula is `move`."""
 
-    properties = Properties(axis="server_optimizer")
+    axis: ClassVar[Axis] = "server_optimizer"
 
     @abstractmethod
     def move(self, delta: Tensor, memory: Memory) -> Moved:

@@ -2,7 +2,7 @@
 
     x <- strategy.aggregate_train(round, replies)
 
-The shell samples clients, checks updates and weighs them as ever. The strategy sees every good
+The workflow samples clients, checks updates and weighs them as ever. The strategy sees every good
 update as a reply with the parameters and one metric, the weight. Its `configure_train` is called
 with no client to ask: that is where Flower's server optimizers note the parameters that a round
 starts from. Replies are sorted by what is in them: the order of arrival does not matter.
@@ -29,11 +29,11 @@ from torch import Tensor
 from fedtune.adapters import Entry
 from fedtune.errors import ConfigError, RoundError, private
 from fedtune.nearest import nearest
-from fedtune.strategies.base import ANY_ROUND, Method, Properties, Round
+from fedtune.strategies.base import ANY_ROUND, Properties, Round, Rule
 from fedtune.transport.messages import TRAIN, pack
 from fedtune.transport.records import params_of, to_arrays
 
-__all__ = ["Stock", "stock_method"]
+__all__ = ["Stock", "stock_rule"]
 
 REFUSED = {
     "FedProx": "its proximal term acts at clients that do not know of it. Use fedprox",
@@ -43,12 +43,12 @@ REFUSED = {
 }
 WRAPPER = "it wraps another strategy and splits one mechanism between server and clients"
 NUMPY = (torch.float16, torch.float32, torch.float64)
-# The shell's: sampling has its own flags.
+# The workflow's: sampling has its own flags.
 SAMPLING = ("fraction_", "min_")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stock(Method):
+class Stock(Rule):
     """One of Flower's strategies, which aggregates.
 
     Attributes:
@@ -59,7 +59,7 @@ class Stock(Method):
     name: str
     strategy: flower.FedAvg = field(repr=False, compare=False)
 
-    properties = Properties(sum_suffices=False)
+    properties = Properties(combines=False, sum_suffices=False)
 
     def least_updates(self) -> int:
         """4 f + 3 for Bulyan, which returns nothing below; 2 f + 3 for Krum, as in its paper."""
@@ -143,7 +143,7 @@ class StockFold:
                 )
 
 
-def stock_method(name: str, weight_by: str, settings: Mapping[str, float]) -> Stock:
+def stock_rule(name: str, weight_by: str, settings: Mapping[str, float]) -> Stock:
     """Flower's strategy `name`, with numbers of `--strategy_args` for its constructor.
 
     Raises:
@@ -167,7 +167,7 @@ def stock_method(name: str, weight_by: str, settings: Mapping[str, float]) -> St
         strategy = known[name](**_numbers(name, known[name], settings))
     except ValueError as error:
         raise ConfigError(f"--strategy_args: flwr:{name}: {error}") from error
-    strategy.fraction_train = 0.0  # the shell asks the clients
+    strategy.fraction_train = 0.0  # the workflow asks the clients
     return Stock(weight_by=weight_by, name=name, strategy=strategy)  # type: ignore[arg-type]
 
 

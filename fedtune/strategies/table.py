@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedtune.strategies.base import Method
-from fedtune.strategies.pairs import why_not
+from fedtune.strategies.base import Correction, Properties, Rule
+from fedtune.strategies.compatibility import why_not
+from fedtune.strategies.method import Part
 from fedtune.strategies.settings import meanings, settings_of
 
 __all__ = ["pairs_table", "settings_table", "table"]
 
-Methods = Mapping[str, type[Method]]
+Methods = Mapping[str, type[Part]]
 
 HEADER = (
     "method",
@@ -45,16 +46,20 @@ def settings_table(methods: Methods) -> str:
 def pairs_table(methods: Methods) -> str:
     """Markdown, one row per rule and one column per method of another axis."""
     made = {name: method() for name, method in methods.items()}
-    rules = [name for name, method in made.items() if method.properties.axis == "rule"]
+    rules = {
+        name: method
+        for name, method in made.items()
+        if isinstance(method, Rule) and method.properties.combines
+    }
     others = [
         name
         for axis in ("correction", "server_optimizer")
         for name, method in made.items()
-        if method.properties.axis == axis
+        if method.axis == axis
     ]
     rows = (
-        (f"`{rule}`", *(_yes(why_not(made[name], made[rule]) is None) for name in others))
-        for rule in rules
+        (f"`{rule_name}`", *(_yes(why_not(made[name], rule) is None) for name in others))
+        for rule_name, rule in rules.items()
     )
     return _markdown(("rule", *(f"`{name}`" for name in others)), rows)
 
@@ -64,20 +69,21 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _row(name: str, method: type[Method]) -> tuple[str, ...]:
-    has = method.properties
-    mine = has.axis in (None, "rule")
+def _row(name: str, method: type[Part]) -> tuple[str, ...]:
+    mine = issubclass(method, Rule)
+    has = method.properties if issubclass(method, Rule) else Properties()
+    keeps = bool(method.extras) if issubclass(method, Correction) else has.personal
 
     def rule(text: str) -> str:
         return text if mine else OF_THE_RULE
 
     return (
         f"`{name}`",
-        "-" if has.axis is None else has.axis.replace("_", " "),
+        method.axis.replace("_", " ") if has.combines else "-",
         rule(has.products),
         rule(_yes(has.mixed_ranks)),
         _yes(has.sum_suffices),
-        _yes(has.client_state),
+        _yes(keeps),
         rule(_yes(has.changes_base)),
         rule(_yes(has.refactors)),
         rule(_yes(has.robust)),
@@ -86,7 +92,7 @@ def _row(name: str, method: type[Method]) -> tuple[str, ...]:
     )
 
 
-def _settings(name: str, method: type[Method]) -> Iterable[tuple[str, ...]]:
+def _settings(name: str, method: type[Part]) -> Iterable[tuple[str, ...]]:
     meaning = meanings(method)
     for setting, item in settings_of(method).items():
         allowed = item.metadata["range"].expected

@@ -15,8 +15,8 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from fedtune.strategies.base import ANY_ROUND, ClientStats, Fold, Method, Properties, Round
-from fedtune.strategies.kept import Keep, by_coordinate
+from fedtune.strategies.base import ANY_ROUND, ClientStats, Fold, Properties, Round, Rule
+from fedtune.strategies.keep_all import Keep, by_coordinate
 from fedtune.strategies.settings import Range, setting
 
 __all__ = ["TrimmedMean"]
@@ -25,7 +25,7 @@ LESS_THAN_HALF = Range("a number >= 0 and < 0.5", lambda value: 0 <= value < 0.5
 
 
 @dataclass(frozen=True)
-class TrimmedMean(Method):
+class TrimmedMean(Rule):
     """The mean of the middle values of every coordinate.
 
     Attributes:
@@ -34,7 +34,7 @@ class TrimmedMean(Method):
 
     beta: float = setting(0.2, LESS_THAN_HALF)
 
-    properties = Properties(axis="rule", sum_suffices=False, robust=True)
+    properties = Properties(sum_suffices=False, robust=True)
 
     def least_updates(self) -> int:
         """With fewer there is nothing to drop."""

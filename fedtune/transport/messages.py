@@ -232,16 +232,16 @@ Arrays = ArrayRecord | Mapping[str, Tensor]
 def pack(
     *,
     arrays: Arrays | None = None,
-    control: Arrays | None = None,
+    extras: Mapping[str, Arrays] | None = None,
     base: Arrays | None = None,
     metrics: Mapping[str, float] | None = None,
     config: ConfigRecord | Mapping[str, str | int | float | bool] | None = None,
 ) -> RecordDict:
-    """The records of a message; absent ones are left out, as are empty `control` and `base`."""
+    """The records of a message; absent and empty ones are left out."""
     content = RecordDict()
     if arrays is not None:
         content[ARRAYS] = arrays if isinstance(arrays, ArrayRecord) else to_arrays(arrays)
-    for name, more in ((CONTROL, control), (BASE, base)):
+    for name, more in (*(extras or {}).items(), (BASE, base)):
         if more:
             content[name] = more if isinstance(more, ArrayRecord) else to_arrays(more)
     if metrics is not None:

@@ -51,6 +51,8 @@ def test_an_end_without_a_word_is_told_with_what_is_known(
         follow(tmp_path, 3, lambda: killed, since=0.0)
     with pytest.raises(RoundError, match="before it had started without a word"):
         follow(tmp_path, 3, lambda: killed, since=time.time() + 60)
+    with pytest.raises(RoundError, match="^stopped in round 1 by fedtune stop; begin again with"):
+        follow(tmp_path, 3, lambda: "finished:stopped", since=0.0)
 
 
 def test_the_base_model_is_said_once_and_cannot_write_on_the_terminal(

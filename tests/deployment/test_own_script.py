@@ -220,7 +220,7 @@ def test_ctrl_c_of_the_flower_engine_ends_all_it_started(tmp_path: Path) -> None
         assert len(deployment.processes()) > 6, output.read_text()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-        assert "continue with the same --output_dir and --resume" in output.read_text()
+        assert "Continue with --resume, or begin again" in output.read_text()
         deployment.until(lambda: not deployment.processes(), 10)
     finally:
         process.kill()

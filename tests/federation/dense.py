@@ -25,7 +25,7 @@ from fedtune.adapters import load_base
 from fedtune.client.worker import Worker
 from fedtune.config import ModelArguments
 from fedtune.server.checkpoint import ServerState
-from fedtune.strategies.gathering import Gathering
+from fedtune.strategies.aggregator import Aggregation, Contribution
 from fedtune.strategies.lora.names import lora_modules
 from tests.federation.small import small_rows, small_worker
 from tests.tiny import tiny_gpt2, tiny_llama, tokens
@@ -88,14 +88,14 @@ class Oracle:
         self.delta: Dense = {}
         self.asked: Dense = {}
         self.averaged: Dense = {}
-        add = Gathering.add
+        add = Aggregation.add
 
-        def spy(gathering: Gathering, update: Any, start: Any, age: int) -> None:
-            add(gathering, update, start, age)
-            params = {name: value.double() for name, value in update.params.items()}
-            self._updates.append((float(update.stats.num_tokens), params))
+        def spy(aggregation: Aggregation, one: Contribution) -> None:
+            add(aggregation, one)
+            params = {name: value.double() for name, value in one.params.tensors.items()}
+            self._updates.append((float(one.stats.num_tokens), params))
 
-        patch.setattr(Gathering, "add", spy)
+        patch.setattr(Aggregation, "add", spy)
 
     def __call__(self, state: ServerState, record: dict[str, Any]) -> None:
         """After a round."""

@@ -27,8 +27,11 @@ from fedtune.config import (
 from fedtune.engines.inline import InlineGrid, run_inline
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState
-from fedtune.server.rounds import Plan, RoundHook
-from fedtune.strategies import FedAvg, Method
+from fedtune.server.plan import Plan
+from fedtune.server.run_rounds import RoundHook
+from fedtune.strategies import Method
+from fedtune.strategies.method import Part
+from tests.methods import method_of
 from tests.tiny import tiny_llama, tokens
 
 ROUNDS, STEPS = 3, 4
@@ -125,7 +128,7 @@ def nothing(state: ServerState, record: dict[str, Any]) -> None:
 def server_run(
     clients: int,
     *,
-    method: Method | None = None,
+    method: Method | Part | None = None,
     on_round: RoundHook = nothing,
     start: ServerState | None = None,
     fraction_train: float = 1.0,
@@ -134,7 +137,7 @@ def server_run(
 ) -> ServerRun:
     """A ServerRun of FedAvg; `plan` replaces fields of `PLAN`."""
     return ServerRun(
-        method=method or FedAvg(),
+        method=method_of(method),
         plan=replace(PLAN, **plan),
         min_clients=clients,
         on_round=on_round,

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import ServerState
+from fedtune.server.rounds.bounds import Bounds
 from fedtune.server.store import RunStore
-from fedtune.strategies import FedAvg, build_method
-from fedtune.strategies.base import Method
-from fedtune.strategies.bounds import Bounds
+from fedtune.strategies import FedAvg, Method, build_method
 from fedtune.strategies.krum import Krum
 from fedtune.strategies.stock import Stock
 from fedtune.transport.messages import RoundTask
@@ -282,8 +281,8 @@ def test_a_strategy_of_flower_forgets_an_attempt_that_failed() -> None:
     )
     with pytest.raises(RoundError, match="the server's step is not finite"):
         run(sites(3, lambda task: 3.0), method=method, num_rounds=1)
-    assert isinstance(method, Stock)
-    assert getattr(method.strategy, "momentum_vector", "") is None
+    assert isinstance(method.rule, Stock)
+    assert getattr(method.rule.strategy, "momentum_vector", "") is None
 
 
 # Weights.

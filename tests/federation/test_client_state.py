@@ -18,7 +18,7 @@ from fedtune.client.local import derive_seed
 from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
 from fedtune.server.checkpoint import ServerState
-from fedtune.strategies import FixedGlobal
+from fedtune.strategies import fixed_global
 from tests.federation.small import (
     ROUNDS,
     STEPS,
@@ -169,7 +169,7 @@ def test_clients_do_not_see_each_other(tmp_path: Path) -> None:
     replies = []
     for clients in (2, 4):
         worker = watched(tmp_path / str(clients), clients=clients)
-        state = run_small(worker, method=FixedGlobal())
+        state = run_small(worker, method=fixed_global())
         session = [(s.batches, s.adam_steps, s.lrs) for s in sessions(worker, "client-1")]
         losses = [record["replies"][1]["train_loss"] for record in state.history[1:]]
         replies.append((session, losses))

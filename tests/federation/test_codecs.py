@@ -189,7 +189,7 @@ def test_a_narrow_model_under_its_own_codec_loses_nothing(tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", [*METHODS, "flwr:FedAvg"])
 def test_every_method_takes_coded_updates(tmp_path: Path, method: str) -> None:
     """Control variates, terms of the base, factors that rest or stay with a client."""
-    clients = max(3, build_method(method, weight_by="tokens").least_updates())
+    clients = max(3, build_method(method, weight_by="tokens").rule.least_updates())
     plan = {"num_rounds": 2, "steps": 2}
 
     def run(codec: str) -> tuple[ServerState, Params]:

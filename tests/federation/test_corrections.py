@@ -22,7 +22,7 @@ from fedtune.client.corrections import (
 )
 from fedtune.client.memory import ClientMemory, Kept
 from fedtune.errors import ConfigError
-from fedtune.strategies import METHODS, Correction
+from fedtune.strategies import METHODS
 from fedtune.transport.messages import RoundTask
 from tests.federation.small import (
     arguments,
@@ -31,6 +31,7 @@ from tests.federation.small import (
     small_rows,
     training_arguments,
 )
+from tests.methods import named
 
 STEPS, RATE, MU = 4, 0.1, 0.7
 Tensors = dict[str, Tensor]
@@ -250,14 +251,15 @@ def test_hidden_gradients_are_an_error(correction: GradientCorrection) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_clients_know_what_every_method_asks_for(name: str) -> None:
-    wanted = METHODS[name]().correction()
+    wanted = named(name).correction
     if wanted is not None:
-        assert isinstance(make_correction(wanted, {}, {}), ControlVariates) == wanted.control
+        made = make_correction(wanted.name, wanted.settings, {}, {})
+        assert isinstance(made, ControlVariates) == bool(wanted.extras)
 
 
 def test_an_unknown_correction_is_an_error() -> None:
     with pytest.raises(ConfigError, match="received 'fedfoo'"):
-        make_correction(Correction("fedfoo"), {}, {})
+        make_correction("fedfoo", {}, {}, {})
 
 
 def task(correction: str = "", **given: Any) -> RoundTask:

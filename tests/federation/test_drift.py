@@ -36,7 +36,7 @@ from tests.federation.small import (
 from tests.federation.test_client_state import refusing
 
 Tensors = dict[str, Tensor]
-UNIFORM = Scaffold(weight_by="uniform")
+UNIFORM = Method(FedAvg(weight_by="uniform"), Scaffold())
 
 
 @pytest.mark.parametrize("steps", [(10, 10), (10, 2)])
@@ -44,7 +44,7 @@ UNIFORM = Scaffold(weight_by="uniform")
     ("method", "given", "limits"),
     [
         (FedAvg(weight_by="uniform"), {}, {(10, 10): 0.713442, (10, 2): 0.651458}),
-        (FedProx(weight_by="uniform", mu=1.0), {"mu": 1.0}, {}),
+        (Method(FedAvg(weight_by="uniform"), FedProx(mu=1.0)), {"mu": 1.0}, {}),
         (UNIFORM, {"control": True}, {(10, 10): 10 / 11, (10, 2): 10 / 11}),
     ],
     ids=["fedavg", "fedprox", "scaffold"],

@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedtune.engines.inline import InlineGrid
 from fedtune.federate import federate
 from fedtune.server.app import server_app
-from fedtune.strategies import FixedGlobal
+from fedtune.strategies import fixed_global
 from fedtune.strategies.lora import LORA_RULES
 from tests.federation.small import (
     ROUNDS,
@@ -49,7 +49,7 @@ def test_fixed_global_is_flat_to_the_last_bit(tmp_path: Path) -> None:
     """Every evaluation scores the same adapter, although the live model was trained in between."""
     worker = small_worker(tmp_path, clients=2, dropout=0.1)
     start, _ = worker.initial()
-    state = run_small(worker, method=FixedGlobal())
+    state = run_small(worker, method=fixed_global())
     assert len(set(eval_losses(state))) == 1
     assert same_tensors(state.params, start)
     losses = [record["train_loss"] for record in state.history[1:]]

@@ -17,10 +17,10 @@ from fedtune.adapters.base_terms import base_terms
 from fedtune.client.worker import Worker
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.store import RunStore
-from fedtune.strategies import Method
-from fedtune.strategies.lora import LORA_RULES, fedex_lora, rule
+from fedtune.strategies import Method, Rule
+from fedtune.strategies.lora import LORA_RULES, fedex_lora, product_rule
 from fedtune.strategies.lora.factors import Factors
-from fedtune.strategies.lora.rule import BaseRule, Terms
+from fedtune.strategies.lora.product_rule import BaseRule, Terms
 from tests.federation.dense import (
     KINDS,
     Oracle,
@@ -171,15 +171,17 @@ def dropped_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def unweighted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Method, "weigh", lambda self, stats: 1.0)
+    patch.setattr(Rule, "weigh", lambda self, stats: 1.0)
 
 
 def forgotten_terms(patch: pytest.MonkeyPatch) -> None:
     """Only the last round's terms."""
-    accumulate = rule.accumulate
-    patch.setattr(
-        rule, "accumulate", lambda total, terms, **given: accumulate(type(total)(), terms, **given)
-    )
+    accumulate = product_rule.accumulate
+
+    def last(total: Any, terms: Any, **given: Any) -> Any:
+        return accumulate(type(total)(), terms, **given)
+
+    patch.setattr(product_rule, "accumulate", last)
 
 
 def absent_terms(patch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from fedtune.errors import ManifestError
 from fedtune.federate import _personal
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.store import RunStore
+from fedtune.strategies import Method
 from fedtune.strategies.lora import LORA_RULES
 from fedtune.strategies.lora.fedsa_lora import MeanWithoutB
 from tests.federation.small import run_small, same_tensors, small_worker
@@ -29,7 +30,7 @@ FEDSA = LORA_RULES["fedsa_lora"]
 
 
 def run(worker: Worker, directory: Path, **given: Any) -> ServerState:
-    method = FEDSA()
+    method = Method(FEDSA())
     store = RunStore(
         directory,
         num_rounds=3,

@@ -17,8 +17,8 @@ from fedtune._flower.task_message import client_failed
 from fedtune.adapters import load_exported
 from fedtune.errors import RoundError
 from fedtune.server.checkpoint import load_latest
+from fedtune.server.rounds.round_result import needed_replies, sample_clients
 from fedtune.server.store import RunStore
-from fedtune.strategies.outcome import needed_replies, sample_clients
 from fedtune.transport.messages import RoundTask
 from tests.federation.scripted import (
     Answer,

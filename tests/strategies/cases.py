@@ -11,6 +11,8 @@ from torch import Tensor
 from fedtune.strategies import METHODS, Method
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import lora_modules
+from fedtune.strategies.method import Part
+from tests.methods import method_of, named
 from tests.strategies.one_round import SCALING
 
 SHAPES = {
@@ -21,7 +23,7 @@ SHAPES = {
     "head.weight": ((3, 4), torch.bfloat16),
     "scale": ((), torch.float32),
 }
-RULES = [name for name, method in METHODS.items() if method.properties.axis in (None, "rule")]
+RULES = [name for name, part in METHODS.items() if part.axis == "rule"]
 every_method = pytest.mark.parametrize("name", METHODS)
 every_rule = pytest.mark.parametrize("name", RULES)
 
@@ -36,10 +38,11 @@ def update(seed: int, rank: int = 2) -> dict[str, Tensor]:
     }
 
 
-def trained(method: Method, old: Mapping[str, Tensor], seed: int, number: int = 1) -> dict:
+def trained(method: Method | Part, old: Mapping[str, Tensor], seed: int, number: int = 1) -> dict:
     """What a client sends: what the method does not train is still the global value."""
+    trains = method_of(method).rule.trains
     return {
-        name: old[name] if name in old and not method.trains(name, number) else value
+        name: old[name] if name in old and not trains(name, number) else value
         for name, value in update(seed).items()
     }
 
@@ -83,5 +86,5 @@ def error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) 
 
 def made(name: str) -> tuple[Method, int]:
     """The method by its defaults, and a number of clients that it can work with."""
-    method = METHODS[name]()
-    return method, max(5, method.least_updates())
+    method = named(name)
+    return method, max(5, method.rule.least_updates())

@@ -1,4 +1,4 @@
-"""What the shell does with one round's updates, without messages."""
+"""One round of updates, as the server aggregates them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from itertools import repeat
 from torch import Tensor
 
 from fedtune.strategies import ClientStats, Method
+from fedtune.strategies.aggregator import Aggregation, Aggregator, Contribution
 from fedtune.strategies.base import Round
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import lora_modules
-from fedtune.strategies.mean import toward
+from fedtune.strategies.memory import ServerMemory
+from fedtune.strategies.method import Part
+from fedtune.streaming.source import InMemory
+from tests.methods import method_of
 
 Params = Mapping[str, Tensor]
 State = dict[str, dict[str, Tensor]]
@@ -24,24 +28,37 @@ def stats_of(steps: int = 1, weight: int = 1) -> ClientStats:
     return ClientStats(num_examples=weight, num_tokens=weight, num_steps=steps)
 
 
+def begun(
+    method: Method | Part,
+    old: Params,
+    updates: Sequence[Params],
+    stats: Sequence[ClientStats],
+    number: int,
+    memory: ServerMemory | None,
+) -> Aggregation:
+    """A round with all updates in it."""
+    who = list(stats) or list(repeat(stats_of(), len(updates)))
+    now = Round(number, old, dict.fromkeys(lora_modules(updates[0]), SCALING))
+    aggregation = Aggregator(method_of(method)).begin(now, memory)
+    for update, one in zip(updates, who, strict=True):
+        aggregation.add(Contribution(InMemory(update), one))
+    return aggregation
+
+
 def one_fold(
-    method: Method,
+    method: Method | Part,
     old: Params,
     updates: Sequence[Params],
     stats: Sequence[ClientStats] = (),
     number: int = 1,
 ) -> tuple[dict[str, Tensor], dict[str, Factors]]:
     """What the rule makes of the updates, and what it adds to the base."""
-    who = list(stats) or list(repeat(stats_of(), len(updates)))
-    now = Round(number, old, dict.fromkeys(lora_modules(updates[0]), SCALING))
-    fold = method.fold(now)
-    for update, one in zip(updates, who, strict=True):
-        fold.add(update, method.weigh(one))
-    return fold.result(), getattr(fold, "base", {})
+    found = begun(method, old, updates, stats, number, None)
+    return found.result, dict(found.terms)
 
 
 def one_round(
-    method: Method,
+    method: Method | Part,
     old: Params,
     updates: Sequence[Params],
     stats: Sequence[ClientStats] = (),
@@ -49,11 +66,6 @@ def one_round(
     number: int = 1,
 ) -> tuple[dict[str, Tensor], State]:
     """The next global parameters and the method's state; by default all clients weigh the same."""
-    who = list(stats) or list(repeat(stats_of(), len(updates)))
-    folded, _ = one_fold(method, old, updates, who, number)
-    result = toward(old, folded, method.server_rate(who))
-    params: dict[str, Tensor] = {}
-    after: State = {}
-    for name, value in result.items():
-        params[name], after[name] = method.step(old[name], value, (state or {}).get(name, {}))
-    return params, after
+    memory = ServerMemory(state or {})
+    found = begun(method, old, updates, stats, number, memory).finish(len(updates))
+    return found.params, found.memory.method_state

@@ -40,7 +40,7 @@ def test_equal_clients_count_as_one(name: str) -> None:
     old = update(0)
     new = trained(method, old, 1)
     stats = [stats_of(steps=3, weight=1 + k) for k in range(clients)]
-    for count in (clients, method.least_updates()):
+    for count in (clients, method.rule.least_updates()):
         found, _ = one_round(method, old, [new] * count, stats[:count])
         _, base = one_fold(method, old, [new] * count, stats[:count])
         if method.properties.refactors:
@@ -52,9 +52,9 @@ def test_equal_clients_count_as_one(name: str) -> None:
             assert same({key: found[key] for key in rest}, {key: new[key] for key in rest})
             continue
         assert base == {}
-        sent = {key: value for key, value in new.items() if method.travels(key)}
+        sent = {key: value for key, value in new.items() if method.rule.travels(key)}
         assert same(found, {key: method.step(old[key], sent[key], {})[0] for key in sent})
-        if method.properties.axis != "server_optimizer":
+        if method.optimizer is None:
             assert same(found, sent)
 
 
@@ -99,9 +99,9 @@ def test_names_shapes_and_dtypes_stay(name: str) -> None:
         updates = [trained(method, old, k, number) for k in range(1, clients + 1)]
         found, _ = one_round(method, old, updates, number=number)
         assert {key: Entry.of(value) for key, value in found.items()} == {
-            key: Entry.of(value) for key, value in old.items() if method.travels(key)
+            key: Entry.of(value) for key, value in old.items() if method.rule.travels(key)
         }
-        kept = [key for key in found if not method.trains(key, number)]
+        kept = [key for key in found if not method.rule.trains(key, number)]
         assert same({key: found[key] for key in kept}, {key: old[key] for key in kept})
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedtune.errors import ConfigError, ManifestError
-from fedtune.strategies import METHODS
 from fedtune.strategies.agreement import check_agreement, check_variants
+from tests.methods import named
 from tests.strategies.cases import (
     SHAPES,
     asked_for,
@@ -35,8 +35,8 @@ def test_a_sum_suffices_where_it_says_so(name: str) -> None:
         for k in range(1, clients + 1)
     ]
     for one in updates:
-        one |= {key: old[key] for key in one if not method.trains(key, 1)}
-    moved = {key: torch.full_like(old[key], 4 * method.trains(key, 1)) for key in old}
+        one |= {key: old[key] for key in one if not method.rule.trains(key, 1)}
+    moved = {key: torch.full_like(old[key], 4 * method.rule.trains(key, 1)) for key in old}
     other = [
         {key: updates[0][key] + moved[key] for key in old},
         {key: updates[1][key] - moved[key] for key in old},
@@ -53,9 +53,8 @@ def test_robust_rules_bound_one_arbitrary_client(name: str) -> None:
     method, clients = made(name)
     old = update(0)
     updates = [trained(method, old, k) for k in range(1, clients + 1)]
-    updates[2] = {
-        key: value * 1e6 if method.trains(key, 1) else value for key, value in updates[2].items()
-    }
+    moves = [key for key in updates[2] if method.rule.trains(key, 1)]
+    updates[2] |= {key: updates[2][key] * 1e6 for key in moves}
     found, base = one_fold(method, old, updates)
     factors = [factor for term in base.values() for factor in term]
     # Honest values are normal: none of about 300 is above 10.
@@ -74,7 +73,7 @@ def test_products_are_as_exact_as_declared(name: str) -> None:
     found, base = one_fold(method, old, updates, [stats_of(weight=weight) for weight in weights])
     assert bool(base) == method.properties.changes_base
     assert method.properties.qlora_safe == (not method.properties.changes_base)
-    if not all(method.travels(key) for key in old):
+    if not all(method.rule.travels(key) for key in old):
         assert method.properties.products == "approximate"
         return
     wanted = asked_for(updates, weights)
@@ -91,10 +90,10 @@ def test_products_are_as_exact_as_declared(name: str) -> None:
 @every_rule
 def test_new_coordinates_are_declared(name: str) -> None:
     """A client alone gets its own factors back, unless they are in other coordinates."""
-    method = METHODS[name]()
+    method = named(name)
     old = update(0)
     new = trained(method, old, 1)
-    found, _ = one_fold(method, old, [new] * method.least_updates())
+    found, _ = one_fold(method, old, [new] * method.rule.least_updates())
     stayed = all(torch.equal(found[key].to(new[key].dtype), new[key]) for key in found)
     assert stayed == (not method.properties.refactors)
 
@@ -102,11 +101,10 @@ def test_new_coordinates_are_declared(name: str) -> None:
 @every_method
 def test_client_state_is_declared(name: str) -> None:
     """A control variate, or a tensor that does not travel, is kept at the client."""
-    method = METHODS[name]()
-    correction = method.correction()
-    control = correction is not None and correction.control
-    personal = not all(method.travels(key) for key in SHAPES)
-    assert method.properties.client_state == (control or personal)
+    method = named(name)
+    personal = not all(method.rule.travels(key) for key in SHAPES)
+    assert method.properties.personal == personal
+    assert bool(method.extras) == (name == "scaffold")
 
 
 @every_method
@@ -127,7 +125,7 @@ def test_mixed_ranks_are_taken_or_refused_by_name(name: str) -> None:
 
 @every_method
 def test_kinds_of_tensors_are_taken_or_refused_by_name(name: str) -> None:
-    properties = METHODS[name].properties
+    properties = named(name).properties
     kinds = {
         "lora": "q.lora_A.weight",
         "dora": "q.lora_magnitude_vector",

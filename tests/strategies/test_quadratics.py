@@ -160,7 +160,7 @@ def scaffold(
     steps: tuple[int, int], *, rounds: int, weights: tuple[int, int] = (1, 1)
 ) -> tuple[Tensor, float]:
     """Parameters and server control after some rounds; checks option II on the way."""
-    method = Scaffold()
+    method = Method(correction=Scaffold())
     x = torch.zeros(1, dtype=torch.float64)
     control: dict[str, Tensor] = {}
     own: list[dict[str, Tensor]] = [{}, {}]
@@ -175,7 +175,7 @@ def scaffold(
             option_2 = own[k].get("y", zero) - control.get("y", zero) + (x - y) / (steps[k] * RATE)
             torch.testing.assert_close(new["y"], option_2, rtol=0, atol=1e-12)
             own[k] = new
-            mean_change += method.share(stats[k]) / sum(weights) * change["y"]
+            mean_change += method.rule.share(stats[k]) / sum(weights) * change["y"]
             updates.append({"x": y})
         x = one_round(method, {"x": x}, updates, stats)[0]["x"]
         control = next_control(control, {"y": mean_change}, share=1.0)

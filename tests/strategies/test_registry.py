@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 from fedtune.errors import ConfigError
 from fedtune.strategies import METHODS, FedAvg, Method, build_method
-from fedtune.strategies.combined import Combined
 from fedtune.strategies.fedopt import FedAdam
 from fedtune.strategies.fedprox import FedProx
 from fedtune.strategies.krum import Krum
@@ -32,14 +29,14 @@ def message(strategy: str, settings: dict[str, float] | None = None) -> str:
 
 
 def test_one_name_is_that_method() -> None:
-    assert build("fedadam", lr=0.5) == FedAdam(weight_by="uniform", lr=0.5)
-    assert build("krum", f=2.0) == Krum(weight_by="uniform", f=2)
-    assert isinstance(build("krum", f=2.0).least_updates(), int)
+    assert build("fedadam", lr=0.5) == Method(FedAvg("uniform"), optimizer=FedAdam(lr=0.5))
+    assert build("krum", f=2.0) == Method(Krum(weight_by="uniform", f=2))
+    assert isinstance(build("krum", f=2.0).rule.least_updates(), int)
 
 
 def test_every_axis_does_its_part() -> None:
     method = build("fedprox+median+fedadam", mu=0.3, lr=0.5)
-    assert method.correction() == FedProx(mu=0.3).correction()
+    assert method.correction == FedProx(mu=0.3)
     middle, _ = one_round(Median(), X, UPDATES)
     expected, memory = one_round(FedAdam(lr=0.5), X, [middle])
     found, state = one_round(method, X, UPDATES)
@@ -49,11 +46,10 @@ def test_every_axis_does_its_part() -> None:
 
 def test_all_three_axes_at_once() -> None:
     method = build("fedprox+ffa_lora+fedadam", mu=0.1, lr=0.01)
-    assert method.correction() == FedProx(mu=0.1).correction()
-    assert not method.trains("q.lora_A.weight", 1)
+    assert method.correction == FedProx(mu=0.1)
+    assert not method.rule.trains("q.lora_A.weight", 1)
     assert method.properties.products == "exact"
-    assert isinstance(method, Combined)
-    assert method.server == FedAdam(weight_by="uniform", lr=0.01)
+    assert method.optimizer == FedAdam(lr=0.01)
 
 
 def test_the_order_of_names_does_not_matter() -> None:
@@ -64,7 +60,7 @@ def test_an_axis_that_is_not_named_is_fedavgs() -> None:
     expected, _ = one_round(FedAvg(weight_by="uniform"), X, UPDATES)
     found, state = one_round(build("fedprox+fedavgm", lr=1.0, beta=0.0), X, UPDATES)
     assert torch.equal(found["x"], expected["x"])
-    assert build("median+fedadam").correction() is None
+    assert build("median+fedadam").correction is None
     assert set(state["x"]) == {"momentum"}
 
 
@@ -78,20 +74,10 @@ def test_the_rule_sees_what_every_client_did() -> None:
 
 
 def test_properties_are_those_of_the_members() -> None:
-    assert build("scaffold+fedadam").properties.client_state
+    assert build("scaffold+fedadam").extras
     assert build("scaffold+fedadam").properties.sum_suffices
     assert not build("fedprox+median").properties.sum_suffices
-    assert build("krum+fedadam").least_updates() == 5
-
-
-def test_every_hook_of_a_method_has_an_owner() -> None:
-    """A hook that `Combined` does not hand on would silently be FedAvg's."""
-    hooks = {
-        name
-        for name, _ in inspect.getmembers(Method, inspect.isfunction)
-        if not name.startswith("_")
-    }
-    assert hooks - {"share"} <= set(vars(Combined))  # `share` reads `weight_by`, equal in all
+    assert build("krum+fedadam").rule.least_updates() == 5
 
 
 @pytest.mark.parametrize(
@@ -143,10 +129,9 @@ def test_a_setting_of_two_members_needs_its_method() -> None:
     assert "'beta' is a setting of trimmed_mean and of fedavgm" in text
     assert "Write trimmed_mean.beta or fedavgm.beta." in text
     method = build("trimmed_mean+fedavgm", **{"trimmed_mean.beta": 0.1, "fedavgm.beta": 0.7})
-    assert isinstance(method, Combined)
-    assert (method.rule, method.server) == (
+    assert (method.rule, method.optimizer) == (
         METHODS["trimmed_mean"](weight_by="uniform", beta=0.1),  # type: ignore[call-arg]
-        METHODS["fedavgm"](weight_by="uniform", beta=0.7),  # type: ignore[call-arg]
+        METHODS["fedavgm"](beta=0.7),  # type: ignore[call-arg]
     )
     assert "given twice" in message("fedavgm", {"beta": 0.1, "fedavgm.beta": 0.2})
 
@@ -156,4 +141,4 @@ def test_weights_are_those_asked_for_whatever_is_joined(strategy: str) -> None:
     stats = stats_of(3)
     for by, expected in (("uniform", 1.0), ("tokens", float(stats.num_tokens))):
         method = build_method(strategy, weight_by=by, settings={})
-        assert method.share(stats) == expected
+        assert method.rule.share(stats) == expected

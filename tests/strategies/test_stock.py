@@ -16,7 +16,7 @@ from fedtune.strategies import FedAvg, Method, build_method
 from fedtune.strategies.base import Round
 from fedtune.strategies.fedopt import FedAdagrad
 from fedtune.strategies.median import Median
-from fedtune.strategies.stock import REFUSED, stock_method
+from fedtune.strategies.stock import REFUSED, stock_rule
 from tests.federation.scripted import in_a_task
 from tests.federation.small import run_small, same_tensors, small_worker
 from tests.strategies.one_round import one_round
@@ -82,7 +82,7 @@ def test_fedavg_is_ours() -> None:
 
 
 def test_weights_are_those_of_weight_by() -> None:
-    fold = build("FedAvg").fold(Round(1, update(0)))
+    fold = build("FedAvg").rule.fold(Round(1, update(0)))
     fold.add({"w": torch.tensor([0.0])}, 1.0)
     fold.add({"w": torch.tensor([1.0])}, 3.0)
     assert fold.result()["w"].item() == 0.75
@@ -138,9 +138,9 @@ def test_a_resumed_run_is_refused_where_memory_is_lost() -> None:
 def test_what_numpy_lacks_is_refused_by_name() -> None:
     old = {**update(0), "b": update(0)["b"].bfloat16()}
     with pytest.raises(ConfigError, match=r"flwr:FedAvg: `b`: .* received bfloat16 \[2, 5\]"):
-        build("FedAvg").fold(Round(1, old))
+        build("FedAvg").rule.fold(Round(1, old))
     with pytest.raises(ConfigError, match="`b`: .* bfloat16"):
-        build("FedAvg").fold().add(old, 1.0)
+        build("FedAvg").rule.fold().add(old, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -150,7 +150,7 @@ def test_other_dtypes_come_back_as_they_are(dtype: torch.dtype) -> None:
 
 
 def test_what_it_returns_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = stock_method("FedAvg", "uniform", {})
+    stock = stock_rule("FedAvg", "uniform", {})
     whole = stock.strategy.aggregate_train
 
     def cut(number, replies):
@@ -173,8 +173,8 @@ def test_its_own_errors_are_one_line() -> None:
 
 
 def test_bulyan_says_how_many_clients_it_needs() -> None:
-    assert build("Bulyan", num_malicious_nodes=2.0).least_updates() == 11
-    assert build("FedAvg").least_updates() == 1
+    assert build("Bulyan", num_malicious_nodes=2.0).rule.least_updates() == 11
+    assert build("FedAvg").rule.least_updates() == 1
 
 
 @pytest.mark.parametrize(

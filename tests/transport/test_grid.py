@@ -14,8 +14,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.engines.inline import InlineGrid
-from fedtune.strategies import FedAvg
-from fedtune.strategies.shell import FedStrategy
+from fedtune.server.checkpoint import ServerState
+from fedtune.server.plan import Plan
+from fedtune.server.rounds.central import CentralRounds
+from fedtune.server.rounds.exchange import DirectExchange
+from fedtune.server.rounds.workflow import Setting
+from fedtune.strategies import Method
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import TRAIN, Member, RoundTask, pack
 from fedtune.transport.records import count_bytes, to_arrays
@@ -67,19 +71,17 @@ def test_replies_are_folded_as_they_arrive_and_dropped() -> None:
         census = Census(script.app(), CLIENTS)
         grid = EagerGrid(census)
         names = {node: f"client-{k:02d}" for k, node in enumerate(grid.get_node_ids())}
-        strategy = FedStrategy(FedAvg(), MANIFEST)
-        strategy.members = [Member(node, name) for node, name in names.items()]
-        task = RoundTask("42", 1, 1, 1, MANIFEST.hash, 4, 0.0, True, 42)
-        strategy.tasks = dict.fromkeys(names.values(), task)
+        members = [Member(node, name) for node, name in names.items()]
+        plan = Plan(run="42", num_rounds=1, steps=4, epochs=0.0, carry=True, seed=42)
+        workflow = CentralRounds(Setting(DirectExchange(grid), Method(), plan))
+        state = ServerState(0, first_params(), {}, MANIFEST)
         gc.collect()
         gc.disable()
         try:
-            messages = strategy.configure_train(1, to_arrays(first_params()), None, census)  # type: ignore[arg-type]
-            arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
+            played = workflow.play(1, 1, members, state)
         finally:
             gc.enable()
-    assert arrays is not None
-    assert len(census.births) == len(strategy.outcome.replies) == CLIENTS
+    assert len(census.births) == len(played.figures["replies"]) == CLIENTS
     assert census.most <= 2
     assert sum(birth() is not None for birth in census.births) == 0
 

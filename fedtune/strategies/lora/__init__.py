@@ -1,12 +1,12 @@
 """How LoRA updates are combined: `LORA_RULES` names the rules, one file each.
 
-The names are those of the papers. A rule is a `Method` on the axis `rule`; its properties say
+The names are those of the papers. Each is a `Rule`; its properties say
 what it is exact for and what it needs.
 """
 
 from __future__ import annotations
 
-from fedtune.strategies.base import Method
+from fedtune.strategies.base import Rule
 from fedtune.strategies.lora.fedex_lora import FedExLoRA
 from fedtune.strategies.lora.fedit import FedIT
 from fedtune.strategies.lora.fedsa_lora import FedSALoRA
@@ -30,7 +30,7 @@ __all__ = [
     "RoLoRA",
 ]
 
-LORA_RULES: dict[str, type[Method]] = {
+LORA_RULES: dict[str, type[Rule]] = {
     "fedit": FedIT,
     "ffa_lora": FFALoRA,
     "rolora": RoLoRA,

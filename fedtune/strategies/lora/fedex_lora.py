@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from fedtune.strategies.base import Properties
 from fedtune.strategies.lora.factors import Factors, stack, truncate
-from fedtune.strategies.lora.rule import BaseRule, NewLayer, Terms
+from fedtune.strategies.lora.product_rule import BaseRule, NewLayer, Terms
 from fedtune.strategies.settings import COUNT, setting
 
 __all__ = ["FedExLoRA", "covariance"]
@@ -41,7 +41,6 @@ class FedExLoRA(BaseRule):
     rank: int = setting(0, COUNT)
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule",
         sum_suffices=False,
         changes_base=True,
         products="exact",

@@ -12,15 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.strategies.base import Method, Properties
+from fedtune.strategies.base import Properties, Rule
 
 __all__ = ["FedIT"]
 
 
 @dataclass(frozen=True)
-class FedIT(Method):
+class FedIT(Rule):
     """FedAvg on LoRA factors."""
 
-    properties: ClassVar[Properties] = Properties(
-        axis="rule", variants=frozenset({"lora", "dora", "lora_bias"})
-    )
+    properties: ClassVar[Properties] = Properties(variants=frozenset({"lora", "dora", "lora_bias"}))

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.strategies.base import ANY_ROUND, Method, Properties, Round
+from fedtune.strategies.base import ANY_ROUND, Properties, Round, Rule
 from fedtune.strategies.lora.names import is_lora_b
 from fedtune.strategies.mean import RunningMean
 
@@ -23,11 +23,11 @@ __all__ = ["FedSALoRA"]
 
 
 @dataclass(frozen=True)
-class FedSALoRA(Method):
+class FedSALoRA(Rule):
     """Mean of A; B does not travel."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule", client_state=True, variants=frozenset({"lora", "dora"})
+        personal=True, variants=frozenset({"lora", "dora"})
     )
 
     def travels(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.strategies.base import ANY_ROUND, Method, Properties, Round
+from fedtune.strategies.base import ANY_ROUND, Properties, Round, Rule
 from fedtune.strategies.lora.names import starts_random
 from fedtune.strategies.lora.shared_factor import SharedFactorMean
 
@@ -21,11 +21,11 @@ __all__ = ["FFALoRA"]
 
 
 @dataclass(frozen=True)
-class FFALoRA(Method):
+class FFALoRA(Rule):
     """Mean of B over a common A."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule", products="exact", variants=frozenset({"lora", "lora_bias"})
+        products="exact", variants=frozenset({"lora", "lora_bias"})
     )
 
     def trains(self, name: str, server_round: int) -> bool:

@@ -23,8 +23,8 @@ import torch
 
 from fedtune.strategies.base import Properties
 from fedtune.strategies.lora.factors import Factors, Spectrum, rank_within, svd, tail
+from fedtune.strategies.lora.product_rule import NewLayer, ProductRule, Terms
 from fedtune.strategies.lora.ranks import pad
-from fedtune.strategies.lora.rule import NewLayer, ProductRule, Terms
 from fedtune.strategies.settings import COUNT, Range, setting
 
 __all__ = ["FlexLoRA"]
@@ -45,7 +45,6 @@ class FlexLoRA(ProductRule):
     energy: float = setting(0.0, PART)
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule",
         sum_suffices=False,
         refactors=True,
         products="to rank",

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.strategies.base import Properties
+from fedtune.strategies.lora.product_rule import BaseRule, NewLayer, Terms
 from fedtune.strategies.lora.ranks import initial
-from fedtune.strategies.lora.rule import BaseRule, NewLayer, Terms
 from fedtune.strategies.settings import COUNT, setting
 
 __all__ = ["FLoRA"]
@@ -38,7 +38,6 @@ class FLoRA(BaseRule):
     seed: int = setting(0, COUNT)
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule",
         sum_suffices=False,
         changes_base=True,
         refactors=True,

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from fedtune.strategies.base import Properties
 from fedtune.strategies.lora.factors import norm
-from fedtune.strategies.lora.rule import NewLayer, ProductRule, Terms, padded_mean
+from fedtune.strategies.lora.product_rule import NewLayer, ProductRule, Terms, padded_mean
 
 __all__ = ["HetLoRA"]
 
@@ -32,7 +32,6 @@ class HetLoRA(ProductRule):
     """Zero-padded means, weighted by the Frobenius norms of the products."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule",
         sum_suffices=False,
         mixed_ranks=True,
         variants=frozenset({"lora"}),

@@ -23,7 +23,7 @@ import torch
 
 from fedtune.strategies.base import Properties
 from fedtune.strategies.lora.factors import Factors
-from fedtune.strategies.lora.rule import NewLayer, ProductRule, Terms, padded_mean
+from fedtune.strategies.lora.product_rule import NewLayer, ProductRule, Terms, padded_mean
 
 __all__ = ["RaFLoRA"]
 
@@ -33,7 +33,6 @@ class RaFLoRA(ProductRule):
     """Means of the slices over their owners."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule",
         mixed_ranks=True,
         variants=frozenset({"lora"}),
     )

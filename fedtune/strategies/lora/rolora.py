@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.strategies.base import ANY_ROUND, Method, Properties, Round
+from fedtune.strategies.base import ANY_ROUND, Properties, Round, Rule
 from fedtune.strategies.lora.names import is_lora_a, is_lora_b, starts_random
 from fedtune.strategies.lora.shared_factor import SharedFactorMean
 
@@ -20,11 +20,11 @@ __all__ = ["RoLoRA"]
 
 
 @dataclass(frozen=True)
-class RoLoRA(Method):
+class RoLoRA(Rule):
     """Mean of one factor over the other, in turn."""
 
     properties: ClassVar[Properties] = Properties(
-        axis="rule", products="exact", variants=frozenset({"lora", "lora_bias"})
+        products="exact", variants=frozenset({"lora", "lora_bias"})
     )
 
     def trains(self, name: str, server_round: int) -> bool:

@@ -16,6 +16,7 @@ from fedtune.strategies import METHODS
 from fedtune.strategies.lora import LORA_RULES
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import lora_modules
+from tests.methods import named
 from tests.strategies.lora.oracles import Params, clients, peft_net, trained
 
 PRODUCT_RULES = ["fedex_lora", "flexlora", "flora", "hetlora", "raflora"]
@@ -346,10 +347,10 @@ def test_a_server_optimizer_starts_from_the_reference() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"fedprox", "scaffold", "fednova"}))
 def test_every_method_that_needs_updates_alone_can_be_called(name: str) -> None:
-    method, start = METHODS[name](), collect(peft_net())
-    updates = [trained(start, seed, moves=lambda n: method.trains(n, 1)) for seed in range(6)]
+    rule, start = named(name).rule, collect(peft_net())
+    updates = [trained(start, seed, moves=lambda n: rule.trains(n, 1)) for seed in range(6)]
     out = fedtune.aggregate(name, updates, reference=start)
-    assert out.params.keys() == {n for n in start if method.travels(n)}
+    assert out.params.keys() == {n for n in start if rule.travels(n)}
     assert 0 <= out.residual < math.inf
 
 

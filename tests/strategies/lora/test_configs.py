@@ -13,10 +13,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import fedtune
 from fedtune.adapters import collect, describe, load
 from fedtune.errors import ConfigError
-from fedtune.strategies import METHODS
+from fedtune.strategies import METHODS, Method
 from fedtune.strategies.agreement import check_manifest
-from fedtune.strategies.gathering import certifies
 from fedtune.strategies.lora import LORA_RULES
+from fedtune.strategies.residuals import certifies
+from tests.methods import named
 from tests.tiny import tiny_llama, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,7 +66,7 @@ def test_what_is_wrong_is_refused_by_name_before_anything_starts(
     options: dict[str, Any], wrong: set[str]
 ) -> None:
     manifest = describe(attached(**options))
-    for name, method in METHODS.items():
+    for name, method in ((name, named(name)) for name in METHODS):
         if name not in wrong:
             check_manifest(name, method.properties, manifest)
             continue
@@ -124,5 +125,5 @@ def test_averages_act_only_from_the_invocation_tokens_on() -> None:
 
 
 def test_no_residual_of_products_that_no_layer_computes() -> None:
-    assert not certifies(METHODS["fedavg"](), describe(attached(**EXPERTS)), 2)
-    assert certifies(METHODS["fedavg"](), describe(attached()), 2)
+    assert not certifies(Method(), describe(attached(**EXPERTS)), 2)
+    assert certifies(Method(), describe(attached()), 2)

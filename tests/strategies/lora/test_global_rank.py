@@ -10,8 +10,8 @@ from fedtune.strategies.base import Round
 from fedtune.strategies.lora import LORA_RULES
 from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import lora_modules
+from fedtune.strategies.lora.product_rule import ProductFold
 from fedtune.strategies.lora.ranks import resize
-from fedtune.strategies.lora.rule import ProductFold
 from tests.strategies.lora.oracles import Params, peft_net, relative, trained
 
 MIXED = sorted(name for name, rule in LORA_RULES.items() if rule.properties.mixed_ranks)

@@ -13,7 +13,7 @@ from fedtune.strategies.lora import LORA_RULES
 from fedtune.strategies.lora.factors import Factors, norm, svd
 from fedtune.strategies.lora.fedex_lora import covariance
 from fedtune.strategies.lora.names import LoraModule, is_lora_b, lora_modules
-from fedtune.strategies.lora.rule import Terms
+from fedtune.strategies.lora.product_rule import Terms
 from tests.strategies.lora.oracles import clients, pair, peft_net, trained
 
 WEIGHTS = [3.0, 1.0, 4.0]

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fedtune.adapters import Entry, Manifest, collect
+from fedtune.server.rounds.client_views import ClientViews
 from fedtune.strategies.base import Round
 from fedtune.strategies.lora import FlexLoRA
 from fedtune.strategies.lora.manifests import at_ranks, ranks_in
 from fedtune.strategies.lora.names import lora_modules
-from fedtune.strategies.views import Views
-from fedtune.transport.records import params_of, to_arrays
+from fedtune.transport.records import params_of
 from tests.strategies.lora.oracles import Params, clients, deltas, peft_net, relative, trained
 
 MODULES = list(lora_modules(collect(peft_net())))
@@ -29,10 +29,11 @@ def product(params: Params) -> dict[str, Tensor]:
 
 def test_equal_views_share_a_record() -> None:
     params = trained(collect(peft_net(4)), 0)
-    arrays, manifest = to_arrays(params), manifest_of(params)
-    views = Views(params, arrays, "1")
+    manifest = manifest_of(params)
+    views = ClientViews(params, "1")
+    arrays = views.record(None)
     low, mixed = at_ranks(manifest, 2), at_ranks(manifest, {MODULES[0]: 2})
-    assert views.record(None) is views.record(manifest) is views.record(at_ranks(low, 4)) is arrays
+    assert views.record(manifest) is views.record(at_ranks(low, 4)) is arrays
     assert views.record(low) is views.record(at_ranks(manifest, 2)) is not arrays
     assert views.record(mixed) not in (arrays, views.record(low))
     some = [m.b for m in lora_modules(params).values()]
@@ -45,7 +46,7 @@ def test_a_higher_rank_is_the_same_product_and_can_train() -> None:
     """A's new rows and B's new columns are not both 0, and the same for the same key."""
     params = trained(collect(peft_net(2)), 0)
     manifest = at_ranks(manifest_of(params), 5)
-    views, again, other = (Views(params, to_arrays(params), key) for key in ("1", "1", "2"))
+    views, again, other = (ClientViews(params, key) for key in ("1", "1", "2"))
     wide = views.params(manifest)
     assert ranks_in(wide) == dict.fromkeys(MODULES, 5)
     assert relative(product(wide), product(params)) <= 1e-15  # 0 is added to sums
@@ -66,7 +67,7 @@ def test_a_lower_rank_after_flexlora_is_the_best_of_that_rank(rank: int, energy:
     for update, weight in zip(updates, weights, strict=True):
         fold.add(update, weight)
     whole = fold.result()
-    views = Views(whole, to_arrays(whole), "1")
+    views = ClientViews(whole, "1")
     lower = views.params(at_ranks(manifest_of(whole), rank))
     merged = deltas(peft_net(rank, alpha=rank * scale), lower)  # the scale is kept: s B A
     ends = [deltas(peft_net(4, alpha=4 * scale), update) for update in updates]

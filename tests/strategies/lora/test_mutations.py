@@ -15,7 +15,7 @@ from fedtune.strategies import METHODS
 from fedtune.strategies.lora import FedExLoRA, FLoRA
 from fedtune.strategies.lora import fedex_lora as fedex_file
 from fedtune.strategies.lora.factors import Factors, stack
-from fedtune.strategies.lora.rule import NewLayer, Terms
+from fedtune.strategies.lora.product_rule import NewLayer, Terms
 from fedtune.strategies.lora.shared_factor import SharedFactorMean
 from fedtune.strategies.mean import RunningMean
 from tests.strategies.lora import oracles
@@ -32,7 +32,7 @@ def dropped_scale(patch: pytest.MonkeyPatch) -> None:
             layer = super().combine(terms)
             return layer._replace(base=Factors(layer.base.B / terms.scaling, layer.base.A))
 
-    patch.setitem(METHODS, "fedex_lora", Mutant)
+    patch.setitem(METHODS.built_in, "fedex_lora", Mutant)
 
 
 def scale_counted_twice(patch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def scale_counted_twice(patch: pytest.MonkeyPatch) -> None:
             layer = super().combine(terms)
             return layer._replace(base=Factors(layer.base.B * terms.scaling, layer.base.A))
 
-    patch.setitem(METHODS, "flora", Mutant)
+    patch.setitem(METHODS.built_in, "flora", Mutant)
 
 
 def no_residual(patch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_transposed_residual_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
             layer = super().combine(terms)
             return layer._replace(base=Factors(layer.base.A.T, layer.base.B.T))
 
-    monkeypatch.setitem(METHODS, "fedex_lora", Mutant)
+    monkeypatch.setitem(METHODS.built_in, "fedex_lora", Mutant)
     with pytest.raises(RuntimeError, match="size"):
         error_after("fedex_lora", 1, torch.float64)
 

@@ -6,27 +6,18 @@ Both are known before a reply is folded, so that a refused one leaves no trace.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from statistics import median
 from typing import Literal
 
 from torch import Tensor
 
 from fedtune.config import FederationArguments
-from fedtune.strategies.norms import (
-    CONTROL_NORM,
-    FIRST,
-    NORM,
-    Bound,
-    Record,
-    bound_of,
-    length,
-    shortened,
-    squared_distance,
-)
-from fedtune.strategies.updates import Update, UpdateRefusedError
+from fedtune.server.rounds.check_update import Update, UpdateRefusedError
+from fedtune.server.rounds.norms import FIRST, NORM, Bound, Record, bound_of, norm_key
+from fedtune.strategies.vectors import length, shortened, squared_distance
 
 __all__ = ["DEFAULT", "Bounds", "Judge"]
 
@@ -59,7 +50,7 @@ class Bounds:
         self,
         rounds: Sequence[Record],
         params: Mapping[str, Tensor],
-        control: Mapping[str, Tensor],
+        extras: Mapping[str, tuple[str, Mapping[str, Tensor]]],
         risen: Mapping[str, float],
     ) -> Judge:
         """Of the next attempt at a round.
@@ -67,7 +58,7 @@ class Bounds:
         Args:
             rounds: records of finished rounds in which the same tensors trained.
             params: the global parameters.
-            control: the server's control variate; empty without.
+            extras: name -> what it is called, and the server's tensors of it.
             risen: what `Judge.risen` said of the attempt before.
         """
 
@@ -75,14 +66,19 @@ class Bounds:
         def first() -> float:
             return FIRST * (1.0 + length(params))
 
-        def first_control() -> float:
-            return max(first(), FIRST * (1.0 + length(control)))
+        def kind(key: str, what: str, longest: Callable[[], float], most: float | None) -> Kind:
+            bound = bound_of(rounds, key, first=longest, absolute=most, risen=risen.get(key))
+            return Kind(key, what, bound)
+
+        def first_of(tensors: Mapping[str, Tensor]) -> float:
+            return max(first(), FIRST * (1.0 + length(tensors)))
 
         return Judge(
-            bound_of(
-                rounds, NORM, first=first, absolute=self.max_update_norm, risen=risen.get(NORM)
-            ),
-            bound_of(rounds, CONTROL_NORM, first=first_control, risen=risen.get(CONTROL_NORM)),
+            kind(NORM, "the update", first, self.max_update_norm),
+            {
+                name: kind(norm_key(name), f"the {what}'s change", partial(first_of, tensors), None)
+                for name, (what, tensors) in extras.items()
+            },
             clips=self.update_check == "clip",
         )
 
@@ -90,17 +86,35 @@ class Bounds:
 DEFAULT = Bounds()
 
 
+@dataclass
+class Kind:
+    """One of the vectors that a client sends.
+
+    Attributes:
+        key: of its norm, in the record of a reply.
+        what: it is, in an error.
+        bound: on its norm.
+        norms: of all that came; those above the bound are in `above` too.
+    """
+
+    key: str
+    what: str
+    bound: Bound
+    norms: list[float] = field(default_factory=list)
+    above: list[float] = field(default_factory=list)
+
+
 class Judge:
     """Holds the updates of one attempt at a round against their bounds.
 
-    Attributes:
-        norms: of every update that came, by kind; those above their bound are in `above`.
+    Args:
+        params: the parameters' bound.
+        extras: the bounds of what comes beside them, by name.
+        clips: whether what is too long is scaled down, or refused.
     """
 
-    def __init__(self, params: Bound, control: Bound, *, clips: bool) -> None:
-        self.params, self._control, self._clips = params, control, clips
-        self.norms: dict[str, list[float]] = {NORM: [], CONTROL_NORM: []}
-        self.above: dict[str, list[float]] = {NORM: [], CONTROL_NORM: []}
+    def __init__(self, params: Kind, extras: Mapping[str, Kind], *, clips: bool) -> None:
+        self.params, self.extras, self._clips = params, extras, clips
 
     def admit(self, update: Update, start: Mapping[str, Tensor]) -> Update:
         """The update as it is folded, with its norm.
@@ -113,20 +127,20 @@ class Judge:
         """
         squared, steps = squared_distance(update.params, start), update.stats.num_steps
         norm = math.sqrt(squared)
-        factor = self._factor(norm, NORM, self.params.most(steps))
+        factor = self._factor(norm, self.params, steps)
         if factor < 1.0:
             params = shortened(update.params, start, factor)
             squared = squared_distance(params, start)
             update = replace(update, params=params, clipped_from=norm)
         update = replace(update, squared_norm=squared)
-        if not update.control_change:
-            return update
-        norm = length(update.control_change)
-        factor = self._factor(norm, CONTROL_NORM, self._control.most(0))  # a mean over the steps
-        if factor < 1.0:
-            control = shortened(update.control_change, None, factor)
-            return replace(update, control_change=control, control_norm=norm * factor)
-        return replace(update, control_norm=norm)
+        extras, norms = dict(update.extras), {}
+        for name, change in update.extras.items():
+            norm = length(change)
+            factor = self._factor(norm, self.extras[name], 0)  # a mean over the steps
+            norms[name] = norm * factor
+            if factor < 1.0:
+                extras[name] = shortened(change, None, factor)
+        return replace(update, extras=extras, extra_norms=norms)
 
     def risen(self, asked: int, there: int) -> dict[str, float]:
         """Medians of the kinds in which most of the clients that were asked are above the bound.
@@ -136,19 +150,18 @@ class Judge:
         """
         if asked < min(2, there):
             return {}
-        most = {kind: above for kind, above in self.above.items() if 2 * len(above) > asked}
-        return {kind: median(self.norms[kind]) for kind in most}
+        kinds = (self.params, *self.extras.values())
+        return {one.key: median(one.norms) for one in kinds if 2 * len(one.above) > asked}
 
-    def _factor(self, norm: float, kind: str, bound: tuple[float, str]) -> float:
+    def _factor(self, norm: float, kind: Kind, steps: int) -> float:
         """How much of a vector is folded; raises UpdateRefusedError."""
-        most, why = bound
-        self.norms[kind].append(norm)
+        most, why = kind.bound.most(steps)
+        kind.norms.append(norm)
         if norm <= most:
             return 1.0
-        self.above[kind].append(norm)
+        kind.above.append(norm)
         if self._clips and math.isfinite(norm):
             return most / norm
-        what = "the update" if kind == NORM else "the control variate's change"
         raise UpdateRefusedError(
-            f"norm of {what}: expected at most {most:.4g} ({why}), received {norm:.4g}. {FIX}"
+            f"norm of {kind.what}: expected at most {most:.4g} ({why}), received {norm:.4g}. {FIX}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import RoundError
-from fedtune.strategies.scoring import MOST_METRICS, mean_scores
+from fedtune.server.rounds.evaluation import MOST_METRICS, mean_scores
 from fedtune.transport.messages import pack
 
 

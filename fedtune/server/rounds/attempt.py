@@ -1,53 +1,38 @@
 """One attempt at a round: from decoded replies to what the server makes of them.
 
-update -> judged (`bounds.py`) -> weighed (`weights.py`) -> folded (`gathering.py`) -> the step
+update -> judged (`bounds.py`) -> weighed (`weights.py`) -> folded (`aggregator.py`) -> the step
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from fedtune.errors import ManifestError
 from fedtune.results.round_record import Refusal
-from fedtune.strategies.advance import ServerMemory, advance, not_finite
-from fedtune.strategies.base import ClientStats, Method
-from fedtune.strategies.bounds import Judge
-from fedtune.strategies.gathering import Gathering
-from fedtune.strategies.norms import NORM, TIMES, Record, squared_distance
-from fedtune.strategies.outcome import CUT_FROM, Outcome
-from fedtune.strategies.updates import Update, finite_or_none, one_line
-from fedtune.strategies.weights import Scale
+from fedtune.server.rounds.bounds import Judge
+from fedtune.server.rounds.check_update import finite_or_none, one_line
+from fedtune.server.rounds.exchange import Arrived
+from fedtune.server.rounds.norms import Record
+from fedtune.server.rounds.round_result import CUT_FROM, RoundResult
+from fedtune.server.rounds.weights import Scale
+from fedtune.strategies.aggregator import Aggregation, Contribution, NotFiniteError
+from fedtune.strategies.base import ClientStats
+from fedtune.strategies.memory import ServerMemory
+from fedtune.strategies.method import Method
+from fedtune.streaming.source import InMemory
 from fedtune.transport.messages import Declared
 
-__all__ = ["Arrived", "Attempt", "StepFailedError"]
+__all__ = ["Attempt", "StepFailedError"]
 
 log = logging.getLogger(__name__)
 
 
 class StepFailedError(Exception):
     """The server's step came to nothing; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """An update that may be folded.
-
-    Attributes:
-        start: what its client was sent.
-        round: which it was trained in; `age` rounds have ended since.
-    """
-
-    client: str
-    node: int
-    update: Update
-    start: Mapping[str, Tensor]
-    round: int
-    age: int
 
 
 class Attempt:
@@ -60,15 +45,15 @@ class Attempt:
     def __init__(
         self,
         method: Method,
-        outcome: Outcome,
+        outcome: RoundResult,
         judge: Judge,
-        gathering: Gathering,
+        aggregation: Aggregation,
         *,
         share: float,
     ) -> None:
         self._method, self._outcome = method, outcome
-        self._judge, self._gathering = judge, gathering
-        self._scale = Scale[Arrived](share if method.weighs else 1.0, len(outcome.asked))
+        self._judge, self._aggregation = judge, aggregation
+        self._scale = Scale[Arrived](share if method.rule.weighs else 1.0, len(outcome.asked))
         self._share = share
         self._order: list[str] = []
         self._told = False
@@ -82,7 +67,7 @@ class Attempt:
         """Judge one; raises UpdateRefusedError."""
         update = self._judge.admit(arrived.update, arrived.start)
         self._order.append(arrived.client)
-        weight = self._method.share(update.stats)
+        weight = self._method.rule.share(update.stats)
         for ready in self._scale.put(replace(arrived, update=update), weight):
             self._fold(ready)
 
@@ -91,9 +76,9 @@ class Attempt:
         absent = set(self._outcome.asked) - set(self._order)
         known = {name: _stats_of(declared[name]) for name in absent if name in declared}
         known |= _last_stats(history, absent)
-        shares = [self._method.share(stats) for stats in known.values()]
+        shares = [self._method.rule.share(stats) for stats in known.values()]
         for one, most in self._scale.settle([share for share in shares if share]):
-            stats, weight = one.update.stats, self._method.share(one.update.stats)
+            stats, weight = one.update.stats, self._method.rule.share(one.update.stats)
             if weight <= most:
                 self._fold(one)
                 continue
@@ -118,67 +103,51 @@ class Attempt:
 
     def _fold(self, one: Arrived, cut_from: float | None = None) -> None:
         try:
-            self._gathering.add(one.update, one.start, one.age)
+            self._aggregation.add(
+                Contribution(
+                    InMemory(one.update.params),
+                    one.update.stats,
+                    one.start,
+                    one.update.extras,
+                    one.age,
+                    squared_norm=one.update.squared_norm,
+                )
+            )
         except ManifestError as error:
             self._outcome.refused.append(Refusal(one.node, one.client, one_line(str(error))))
             log.warning("refused %s: %s", one.client, error)
             return
         self._outcome.take(one.client, one.update, one.round, cut_from)
 
-    def step(
-        self,
-        old: Mapping[str, Tensor],
-        static: Mapping[str, Tensor],
-        memory: ServerMemory,
-        known: int,
-    ) -> tuple[dict[str, Tensor], ServerMemory]:
-        """The new global parameters, and what the server keeps; figures go into the outcome.
+    def step(self, known: int) -> tuple[dict[str, Tensor], ServerMemory]:
+        """What has changed, and what the server keeps; figures go into the outcome.
 
         Args:
-            static: frozen tensors that every client has.
             known: clients that have ever taken part, or do now.
 
         Raises:
             StepFailedError: something of it is not finite.
         """
-        gathering, outcome = self._gathering, self._outcome
-        result = gathering.fold.result()
-        rate = self._rate(result, old)
-        new, after = advance(self._method, old, memory, gathering, result, clients=known, rate=rate)
-        where = not_finite(new, after)
-        if where:
+        outcome = self._outcome
+        try:
+            found = self._aggregation.finish(known)
+        except NotFiniteError as error:
             raise StepFailedError(
-                f"the server's step is not finite ({where}); the longest update is "
+                f"the server's step is not finite ({error}); the longest update is "
                 f"{outcome.longest}"
+            ) from None
+        outcome.client_drift = finite_or_none(found.drift)
+        outcome.update_norm = finite_or_none(found.update_norm)
+        outcome.residual, outcome.residual_fedavg = found.residual, found.residual_fedavg
+        outcome.server_rate = found.cut_rate
+        if found.cut_rate is not None:
+            log.warning(
+                "the server's rate is cut from %.4g to %.4g: it would go more than ten times as "
+                "far as any client",
+                found.rate,
+                found.cut_rate,
             )
-        added = after.base.change_since(memory.base)
-        if gathering.spread is not None:
-            drift = gathering.spread.around(squared_distance(result, old))
-            outcome.client_drift = finite_or_none(drift)
-            outcome.update_norm = finite_or_none(math.sqrt(squared_distance(new, old)))
-        if gathering.certificate is not None:
-            rounded = {name: value.to(old[name].dtype) for name, value in result.items()}
-            errors = gathering.certificate.residuals({**static, **old, **rounded}, added)
-            outcome.residual, outcome.residual_fedavg = errors
-        return new, after
-
-    def _rate(self, result: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
-        """How far to go: not ten times as far as any of the clients went."""
-        rate = self._method.server_rate(self._gathering.stats)
-        if rate <= 1.0:
-            return rate
-        way = math.sqrt(squared_distance(result, old))
-        most = TIMES * max(float(reply[NORM] or 0.0) for reply in self._outcome.replies)
-        if rate * way <= most:
-            return rate
-        self._outcome.server_rate = max(1.0, most / way)
-        log.warning(
-            "the server's rate is cut from %.4g to %.4g: it would go more than ten times as far as "
-            "any client",
-            rate,
-            self._outcome.server_rate,
-        )
-        return self._outcome.server_rate
+        return found.params, found.memory
 
 
 def _stats_of(most: Declared) -> ClientStats:

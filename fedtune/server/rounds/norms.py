@@ -12,26 +12,18 @@ sent, in its own space.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
 __all__ = [
-    "CONTROL_NORM",
     "FIRST",
     "NORM",
-    "TIMES",
     "Bound",
     "Record",
     "bound_of",
-    "length",
-    "shortened",
-    "squared_distance",
+    "norm_key",
 ]
 
 TIMES, ROUNDS, LEAST_ROUNDS = 10.0, 5, 3
@@ -39,10 +31,9 @@ FLOOR = 1e-2
 FIRST = 1e3
 MOST_STEPS_TIMES = 10.0  # a client with more steps than others may move further, up to that
 
-NORM, CONTROL_NORM = "norm", "control_norm"  # of one reply, in the record of a round
+NORM = "norm"  # of one reply, in the record of a round; of an extra: `norm_key`
 
 Record = Mapping[str, Any]
-Params = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,31 +102,6 @@ def _moves(record: Record, key: str) -> list[tuple[float, int]]:
     return [(reply[key], reply["steps"]) for reply in replies if reply.get(key)]
 
 
-def squared_distance(left: Params, right: Params) -> float:
-    """Sum of squares over the tensors of `left`."""
-    return sum(float(torch.sum((left[name].double() - right[name].double()) ** 2)) for name in left)
-
-
-def length(params: Params) -> float:
-    """Of all values as one vector, in fp64."""
-    norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in _floats(params)]
-    return math.hypot(*norms)
-
-
-def shortened(params: Params, start: Params | None, factor: float) -> dict[str, Tensor]:
-    """Start + factor (params - start), in the dtypes of `params`; None: start is zero."""
-    return {
-        name: _between(value, None if start is None else start[name], factor)
-        if value.is_floating_point()
-        else value
-        for name, value in params.items()
-    }
-
-
-def _between(value: Tensor, start: Tensor | None, factor: float) -> Tensor:
-    origin = torch.zeros((), dtype=torch.float64) if start is None else start.double()
-    return (origin + factor * (value.double() - origin)).to(value.dtype)
-
-
-def _floats(params: Params) -> list[Tensor]:
-    return [value for value in params.values() if value.is_floating_point()]
+def norm_key(extra: str) -> str:
+    """Where the norm of an extra stands in the record of a reply: `control_norm`."""
+    return f"{extra}_norm"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.strategies.weights import Scale, heaviest
+from fedtune.server.rounds.weights import Scale, heaviest
 
 SHARES = [0.1, 0.25, 0.3, 0.5, 0.9]
 WEIGHTS = st.lists(st.integers(1, 2**53 - 1), min_size=1, max_size=7)

@@ -7,15 +7,16 @@ import torch
 
 from fedtune.errors import ConfigError
 from fedtune.strategies import METHODS, Method, build_method, setting_names
-from fedtune.strategies.pairs import why_not
+from fedtune.strategies.compatibility import why_not
 from fedtune.strategies.table import pairs_table, settings_table, table
 from tests.conftest import REPOSITORY
+from tests.methods import named
 from tests.strategies.cases import RULES, trained, update
 from tests.strategies.one_round import one_round, stats_of
 
-SERVERS = [n for n, cls in METHODS.items() if cls.properties.axis == "server_optimizer"]
-CORRECTIONS = [n for n, cls in METHODS.items() if cls.properties.axis == "correction"]
-NAMED_RULES = [n for n in RULES if METHODS[n].properties.axis == "rule"]
+SERVERS = [n for n, cls in METHODS.items() if cls.axis == "server_optimizer"]
+CORRECTIONS = [n for n, cls in METHODS.items() if cls.axis == "correction"]
+NAMED_RULES = [n for n in RULES if named(n).properties.combines]
 COORDINATES = "does not lead to factors in other coordinates"
 REPLACED = "gradients of factors that the rule replaces by others"
 ARBITRARY = "one arbitrary client would reach all others"
@@ -69,12 +70,12 @@ def test_a_server_step_keeps_what_the_rule_is_exact_for(rule: str, server: str) 
     """An allowed one starts from the rule's result and from nothing else. A refused one would have
     a term for the base beside it, or factors that the old ones do not compare to."""
     refused = why_not(METHODS[server](), METHODS[rule]()) is not None
-    has = METHODS[rule].properties
+    has = named(rule).properties
     assert refused == (has.refactors or has.changes_base)
     if refused:
         return
-    method, alone = build(f"{rule}+{server}"), METHODS[rule]()
-    clients = max(5, alone.least_updates())
+    method, alone = build(f"{rule}+{server}"), named(rule)
+    clients = max(5, alone.rule.least_updates())
     old = update(0)
     updates = [trained(alone, old, k) for k in range(1, clients + 1)]
     stats = [stats_of(1 + k % 3) for k in range(clients)]
@@ -94,10 +95,8 @@ def test_a_server_step_keeps_what_the_rule_is_exact_for(rule: str, server: str) 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_only_control_variates_mind_the_rule(correction: str) -> None:
-    wanted = METHODS[correction]().correction()
-    assert wanted is not None
     refused = [r for r in NAMED_RULES if why_not(METHODS[correction](), METHODS[r]())]
-    assert bool(refused) == wanted.control
+    assert bool(refused) == bool(named(correction).extras)
 
 
 @pytest.mark.parametrize("generated", [table, settings_table, pairs_table])

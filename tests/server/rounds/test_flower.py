@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import Message
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from fedtune.client.app import client_app
+from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
-from fedtune.strategies import FedAvg
-from fedtune.strategies.shell import FedStrategy
+from fedtune.server.checkpoint import ServerState
+from fedtune.server.plan import Plan
+from fedtune.server.rounds.central import CentralRounds
+from fedtune.server.rounds.exchange import DirectExchange
+from fedtune.server.rounds.workflow import Setting
+from fedtune.strategies import FedAvg, Method
 from fedtune.transport.grid import EagerGrid
-from fedtune.transport.messages import Member, RoundTask
-from fedtune.transport.records import params_of, to_arrays
+from fedtune.transport.messages import Member
+from fedtune.transport.records import params_of
 from tests.federation.scripted import in_a_task
 from tests.federation.small import small_worker
+
+
+class Kept(EagerGrid):
+    """Keeps the replies."""
+
+    def send_and_receive(self, *args: Any, **given: Any) -> Iterator[Message]:
+        self.replies = list(super().send_and_receive(*args, **given))
+        return iter(self.replies)
+
+
+def central(grid: EagerGrid, method: Method) -> CentralRounds:
+    plan = Plan(run="42", num_rounds=1, steps=2, epochs=0.0, carry=True, seed=42)
+    return CentralRounds(Setting(DirectExchange(grid), method, plan))
+
+
+def start_of(worker: Worker) -> ServerState:
+    params, static = worker.initial()
+    return ServerState(0, params, static, worker.manifest)
 
 
 @pytest.mark.parametrize("weighted_by", ["num-examples", "num-tokens"])
@@ -29,26 +54,19 @@ def test_flowers_fedavg_reads_the_replies_of_real_clients(tmp_path: Path, weight
     """
     worker = small_worker(tmp_path, clients=3)
     with in_a_task():
-        grid = InlineGrid(client_app(lambda: worker), 3)
-        names = dict(zip(grid.get_node_ids(), worker.train, strict=True))
+        grid = Kept(InlineGrid(client_app(lambda: worker), 3))
+        members = [Member(*pair) for pair in zip(grid.get_node_ids(), worker.train, strict=True)]
         weight_by = "examples" if weighted_by == "num-examples" else "tokens"
-        ours = FedStrategy(FedAvg(weight_by=weight_by), worker.manifest)
-        ours.members = [Member(node, name) for node, name in names.items()]
-        task = RoundTask("42", 1, 1, 1, worker.manifest.hash, 2, 0.0, True, 42)
-        ours.tasks = dict.fromkeys(names.values(), task)
-        arrays = to_arrays(worker.initial()[0])
-        messages = ours.configure_train(1, arrays, ConfigRecord(), grid)
-        replies = list(EagerGrid(grid).send_and_receive(messages))
-        expected, _ = ours.aggregate_train(1, replies)
+        workflow = central(grid, Method(FedAvg(weight_by=weight_by)))
+        mine = workflow.play(1, 1, members, start_of(worker)).params
         flower = FlowerFedAvg(weighted_by_key=weighted_by)
-        received, metrics = flower.aggregate_train(1, replies)
+        received, metrics = flower.aggregate_train(1, grid.replies)
 
     assert received is not None
-    assert expected is not None
     assert metrics is not None
     assert set(metrics) >= {"num-steps", "train-loss", "train-s"}
     assert metrics["num-steps"] == pytest.approx(2, abs=1e-9)  # weights sum to 1 in fp64
-    theirs, mine = params_of(received), params_of(expected)
+    theirs = params_of(received)
     assert theirs.keys() == mine.keys()
     for name in mine:
         torch.testing.assert_close(theirs[name], mine[name], rtol=0, atol=4 * 1.2e-7)
@@ -57,15 +75,11 @@ def test_flowers_fedavg_reads_the_replies_of_real_clients(tmp_path: Path, weight
 def test_flowers_fedavg_reads_our_evaluations(tmp_path: Path) -> None:
     worker = small_worker(tmp_path, clients=2)
     with in_a_task():
-        grid = InlineGrid(client_app(lambda: worker), 2)
+        grid = Kept(InlineGrid(client_app(lambda: worker), 2))
         names = dict(zip(grid.get_node_ids(), worker.train, strict=True))
-        ours = FedStrategy(FedAvg(), worker.manifest)
-        ours.members = [Member(n, name, name == worker.evaluator) for n, name in names.items()]
-        arrays = to_arrays(worker.initial()[0])
-        messages = ours.configure_evaluate(3, arrays, ConfigRecord(), grid)
-        replies = list(EagerGrid(grid).send_and_receive(messages))
-        mine = ours.aggregate_evaluate(3, replies)
-        theirs = FlowerFedAvg().aggregate_evaluate(3, replies)
+        members = [Member(n, name, name == worker.evaluator) for n, name in names.items()]
+        mine = central(grid, Method()).score(3, members, start_of(worker)).mean
+        theirs = FlowerFedAvg().aggregate_evaluate(3, grid.replies)
     assert theirs is not None
     assert theirs.pop("num-tokens") == 66  # to Flower it is one more metric
     assert dict(theirs) == dict(mine)

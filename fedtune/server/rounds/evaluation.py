@@ -11,15 +11,15 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from flwr.app import Message, MetricRecord
+from flwr.app import Message
 
 from fedtune.errors import RoundError, private
+from fedtune.server.rounds.check_update import finite_or_none, one_line, plausible, reason_of
 from fedtune.strategies.lora.manifests import rank_total
-from fedtune.strategies.updates import finite_or_none, one_line, plausible, reason_of
 from fedtune.transport.messages import Member
 from fedtune.transport.records import config_of, metrics_of
 
-__all__ = ["MOST_METRICS", "Row", "mean_scores", "scorers"]
+__all__ = ["MOST_METRICS", "Row", "Scores", "mean_scores", "scorers"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,18 @@ CLIENT = "client"  # whose scores they are
 PER_TOKEN = ("_loss", "_mean_token_accuracy")
 
 Row = dict[str, float | str | None]
+
+
+class Scores(NamedTuple):
+    """Scores of the global parameters.
+
+    Attributes:
+        mean: of each metric.
+        clients: each client's own, with its name.
+    """
+
+    mean: dict[str, float]
+    clients: list[Row]
 
 
 class _Reading(NamedTuple):
@@ -59,7 +71,7 @@ def _rank(member: Member) -> int:
 
 def mean_scores(
     server_round: int, replies: Iterable[Message], clients: Mapping[int, str], *, needed: bool
-) -> tuple[MetricRecord, list[Row]]:
+) -> Scores:
     """Mean of each metric, weighted by what it is a mean over, and every client's own.
 
     Losses and trl's token accuracy count by label tokens (else rows), others by rows; those of one
@@ -93,11 +105,8 @@ def mean_scores(
             f"evaluation of round {server_round} failed: "
             f"{private('; '.join(problems) or 'no client answered')}"
         )
-    mean = MetricRecord()
-    for key, value in totals.items():
-        if weights[key] > 0:
-            mean[key] = value / weights[key]
-    return mean, scores
+    mean = {key: value / weights[key] for key, value in totals.items() if weights[key] > 0}
+    return Scores(mean, scores)
 
 
 def _read(message: Message, server_round: int, client: str) -> _Reading:

@@ -18,10 +18,12 @@ from fedtune.strategies.lora.ranks import resize
 from fedtune.transport.messages import RoundTask
 from fedtune.transport.records import to_arrays
 
-__all__ = ["Flight", "Views"]
+__all__ = ["ClientViews", "PendingRound"]
+
+Ranks = tuple[tuple[str, int], ...]
 
 
-class Flight(NamedTuple):
+class PendingRound(NamedTuple):
     """A round under way at a client.
 
     Attributes:
@@ -29,23 +31,26 @@ class Flight(NamedTuple):
     """
 
     task: RoundTask
-    views: Views
+    views: ClientViews
     node: int
 
 
-class Views:
+class ClientViews:
     """Views of one set of parameters.
 
     Args:
-        arrays: `params`, encoded.
         key: of the random start that ranks beyond the global ones get.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], arrays: ArrayRecord, key: str) -> None:
-        self._key = key
+    def __init__(self, params: Mapping[str, Tensor], key: str) -> None:
+        self._whole, self._key = params, key
         self._ranks = ranks_in(params)
         self._params = {self._named(self._ranks): dict(params)}
-        self._records = {(self._named(self._ranks), frozenset[str]()): arrays}
+        self._records: dict[tuple[Ranks, frozenset[str]], ArrayRecord] = {}
+
+    def shows(self, params: Mapping[str, Tensor], key: str) -> bool:
+        """Whether these are views of that very object."""
+        return self._whole is params and self._key == key
 
     def params(self, manifest: Manifest | None) -> dict[str, Tensor]:
         """All parameters at a client's ranks; None: as they are."""
@@ -66,5 +71,5 @@ class Views:
         return self._records[name]
 
     @staticmethod
-    def _named(ranks: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    def _named(ranks: Mapping[str, int]) -> Ranks:
         return tuple(sorted(ranks.items()))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.strategies.bounds import Bounds
-from fedtune.strategies.norms import CONTROL_NORM, NORM, bound_of, length, shortened
+from fedtune.server.rounds.bounds import Bounds
+from fedtune.server.rounds.norms import NORM, bound_of, norm_key
+from fedtune.strategies.vectors import length, shortened
 
 
 def rounds(*norms: Sequence[float], steps: int = 4) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def test_where_most_are_longer_the_round_has_changed() -> None:
 def test_records_of_an_earlier_version_hold_no_norms() -> None:
     records = [{"round": k, "replies": [{"client": "a", "steps": 1}]} for k in range(1, 9)]
     assert bound_of(records, NORM, first=lambda: 7.0).most(1)[0] == 7
-    assert bound_of(rounds((1, 1)) * 4, CONTROL_NORM, first=lambda: 7.0).most(1)[0] == 7
+    assert bound_of(rounds((1, 1)) * 4, norm_key("control"), first=lambda: 7.0).most(1)[0] == 7
 
 
 def test_most_of_those_who_were_asked_must_be_longer() -> None:
@@ -84,8 +85,8 @@ def test_most_of_those_who_were_asked_must_be_longer() -> None:
         ([9], 1, 10, {}),
     ):
         judge = Bounds().judge([], {}, {}, {})
-        judge.norms[NORM] += lengths
-        judge.above[NORM] += [norm for norm in lengths if norm > 1]
+        judge.params.norms += lengths
+        judge.params.above += [norm for norm in lengths if norm > 1]
         assert judge.risen(asked, there) == expected
 
 

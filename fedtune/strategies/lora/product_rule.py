@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ManifestError
-from fedtune.strategies.base import ANY_ROUND, Method, Round
+from fedtune.strategies.base import ANY_ROUND, Round, Rule
 from fedtune.strategies.lora.cumulative import Cumulative, accumulate
 from fedtune.strategies.lora.factors import Factors, stack
 from fedtune.strategies.lora.names import LoraModule, lora_modules
@@ -105,7 +105,7 @@ class NewLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ProductRule(Method):
+class ProductRule(Rule):
     """A method that needs the factors of every client."""
 
     def combine(self, terms: Terms) -> NewLayer:

@@ -16,7 +16,6 @@ from fedtune.errors import ManifestError
 from fedtune.strategies.base import ClientStats
 from fedtune.transport.messages import (
     ARRAYS,
-    CONTROL,
     MOST_STEPS,
     UNKNOWN,
     Declared,
@@ -50,9 +49,9 @@ class Update:
     """One client's checked reply.
 
     Attributes:
-        control_change: c_k+ - c_k, empty without SCAFFOLD.
+        extras: name -> what the correction sends beside the parameters.
         squared_norm: |y_k - x|^2 as it is folded.
-        control_norm: |c_k+ - c_k|, None without.
+        extra_norms: name -> norm of it as it is folded.
         clipped_from: the norm that was received, where it was above its bound.
     """
 
@@ -61,9 +60,9 @@ class Update:
     stats: ClientStats
     train_loss: float | None
     train_s: float
-    control_change: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     squared_norm: float = 0.0
-    control_norm: float | None = None
+    extra_norms: dict[str, float] = field(default_factory=dict)
     clipped_from: float | None = None
 
 
@@ -74,7 +73,7 @@ class Expected:
     Attributes:
         manifest: of what it sends.
         manifest_hash: of the adapter that it trains, of which it may send a part.
-        control: whether the change of its control variate comes too.
+        extras: what comes beside the parameters: record names, and what they are called.
         most_steps: optimizer steps that it can have taken.
         declared: what it said before that it can train in a round.
     """
@@ -82,20 +81,24 @@ class Expected:
     server_round: int
     manifest: Manifest
     manifest_hash: str
-    control: bool = False
+    extras: Mapping[str, str] = field(default_factory=dict)
     most_steps: int = MOST_STEPS
     declared: Declared = UNKNOWN
 
     @classmethod
     def of(
-        cls, task: RoundTask, manifest: Manifest, control: bool, declared: Declared = UNKNOWN
+        cls,
+        task: RoundTask,
+        manifest: Manifest,
+        extras: Mapping[str, str],
+        declared: Declared = UNKNOWN,
     ) -> Expected:
         """From what a client was asked: it sends neither what stands still nor what is its own."""
         stays = {*task.frozen, *task.personal}
         sent = {name: entry for name, entry in manifest.entries.items() if name not in stays}
         steps = declared.steps or task.steps or MOST_STEPS
         ours = replace(manifest, entries=sent)
-        return cls(task.round, ours, task.manifest, control, steps, declared)
+        return cls(task.round, ours, task.manifest, extras, steps, declared)
 
     def stats(self, metrics: Mapping[str, object]) -> ClientStats:
         """What a client did, no more than it said it could; raises UpdateRefusedError."""
@@ -132,7 +135,7 @@ def read_update(message: Message, expected: Expected) -> Update:
     try:
         params = params_of(arrays, shared=True)
         check(params, expected.manifest)
-        control = _control(message, expected)
+        extras = {name: _extra(message, expected, name) for name in expected.extras}
     except ManifestError as error:
         raise UpdateRefusedError(one_line(str(error))) from None
     return Update(
@@ -141,24 +144,22 @@ def read_update(message: Message, expected: Expected) -> Update:
         stats=expected.stats(metrics),
         train_loss=plausible(metrics.get("train-loss")),
         train_s=abs(plausible(metrics.get("train-s")) or 0.0),
-        control_change=control,
+        extras={name: tensors for name, tensors in extras.items() if tensors},
     )
 
 
-def _control(message: Message, expected: Expected) -> dict[str, Tensor]:
-    """The change of the control variate: as the parameters sent, in fp32 at least."""
-    if not expected.control:
-        return {}
-    control = arrays_of(message.content, CONTROL)
+def _extra(message: Message, expected: Expected, name: str) -> dict[str, Tensor]:
+    """What a correction sends: one tensor for each parameter sent, in fp32 at least."""
+    tensors = arrays_of(message.content, name)
     entries = {
         name: entry._replace(dtype=_precise(entry.dtype))
         for name, entry in expected.manifest.entries.items()
     }
     try:
-        check(control, replace(expected.manifest, entries=entries))
+        check(tensors, replace(expected.manifest, entries=entries))
     except ManifestError as error:
-        raise ManifestError(f"control variate: {error}") from None
-    return control
+        raise ManifestError(f"{expected.extras[name]}: {error}") from None
+    return tensors
 
 
 def _precise(dtype: str) -> str:

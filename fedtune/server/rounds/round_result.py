@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from fedtune.results.round_record import Refusal
-from fedtune.strategies.norms import CONTROL_NORM, NORM
-from fedtune.strategies.updates import Update
+from fedtune.server.rounds.check_update import Update
+from fedtune.server.rounds.norms import NORM, norm_key
 
-__all__ = ["CUT_FROM", "Outcome", "needed_replies", "sample_clients"]
+__all__ = ["CUT_FROM", "RoundResult", "needed_replies", "sample_clients"]
 
 CUT_FROM = "weight_cut_from"  # what a client would have weighed, in its reply's record
 
 
 @dataclass
-class Outcome:
+class RoundResult:
     """What came back in one attempt of a round."""
 
     asked: list[str]
@@ -43,7 +43,7 @@ class Outcome:
         stats = update.stats
         cut = {"weight": stats.most_weight, CUT_FROM: cut_from} if cut_from else {}
         clipped = {"norm_clipped_from": update.clipped_from} if update.clipped_from else {}
-        control = {} if update.control_norm is None else {CONTROL_NORM: update.control_norm}
+        extras = {norm_key(name): norm for name, norm in update.extra_norms.items()}
         self.rounds[client] = client_round
         self.replies.append(
             {
@@ -55,7 +55,7 @@ class Outcome:
                 "train_loss": update.train_loss,
                 "train_s": round(update.train_s, 4),
                 NORM: math.sqrt(update.squared_norm),
-                **control,
+                **extras,
                 **clipped,
                 **cut,
             }

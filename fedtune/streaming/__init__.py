@@ -1,0 +1,1 @@
+"""Where tensors lie, and how they cross from one process to another."""

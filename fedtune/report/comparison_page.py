@@ -10,7 +10,7 @@ from fedtune.report import figures
 from fedtune.report.blocks import Cell, Figure, Section, Table, cells
 from fedtune.report.curves import compare_curves
 from fedtune.report.page import both, render
-from fedtune.report.render_runs import cells as words_of
+from fedtune.report.render_runs import rows_of_words
 from fedtune.report.side_by_side import run_rows
 from fedtune.report.svg import Shape
 from fedtune.report.unlike import Note
@@ -55,6 +55,6 @@ def _figure(summaries: Sequence[Summary]) -> Figure | None:
 
 
 def _section(summaries: Sequence[Summary]) -> Section:
-    (first, *heads), *lines = words_of(run_rows(summaries))
+    (first, *heads), *lines = rows_of_words(run_rows(summaries))
     rows = [[Cell(line[0], "name"), *cells(line[1:])] for line in lines]
     return Section("Strategies", NOTE, [Table([first, *(f"#{head}" for head in heads)], rows)])

@@ -113,27 +113,16 @@ def _of_gap(gap: Gap) -> str:
 
 
 def _samples(summary: Summary, arm: str) -> str:
-    """`at equal samples` where the counts agree to one batch of the arm, else the counts.
-
-    The run itself says which; of one that does not, the batch is that of its settings.
-    """
+    """`at equal samples` where the run says that an arm ends within a batch, else the counts."""
     counts = [
         summary.arms[name].mean.samples for name in ("federated", arm) if name in summary.arms
     ]
     ours, other = final(counts[0]), final(counts[-1])
     if ours is None or other is None:
         return "at samples not counted"
-    if summary.verdict.equal_samples.get(arm, abs(ours - other) <= _batch(summary, arm)):
+    if summary.verdict.equal_samples.get(arm, ours == other):
         return "at equal samples"
     return f"at {figures.count(ours)} samples against {figures.count(other)}"
-
-
-def _batch(summary: Summary, arm: str) -> float:
-    """Samples of one optimizer step of an arm; 0 where the settings do not say."""
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    sizes = [float(summary.setting(name) or 0) for name in names]
-    clients = float(summary.setting("num_clients") or 1)
-    return sizes[0] * sizes[1] * (clients if arm == "centralized_large_batch" else 1)
 
 
 def checks(summary: Summary) -> list[Check]:

@@ -15,7 +15,7 @@ from fedtune.report.intervals import Interval
 from fedtune.report.side_by_side import RunRow
 from fedtune.report.unlike import Note
 
-__all__ = ["FORMATS", "cells", "records", "render_runs"]
+__all__ = ["FORMATS", "records", "render_runs", "rows_of_words"]
 
 MOST_SETTINGS = 4  # columns of a table that is read; csv and json have all
 LONGEST = 24  # characters of a setting in it
@@ -28,13 +28,13 @@ def render_runs(rows: Sequence[RunRow], notes: Sequence[Note], style: str) -> st
 
 
 def _plain(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    table = cells(rows)
+    table = rows_of_words(rows)
     lines = aligned(table, range(1, len(table[0])), rule=True)
     return "\n".join([*lines, *_under(notes)])
 
 
 def _markdown(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in cells(rows)]
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows_of_words(rows)]
     rule = ["---", *["--:"] * (len(head) - 1)]
     lines = padded([head, rule, *body], range(1, len(head)))
     lines[1] = [cell.replace(" ", "-") for cell in lines[1]]
@@ -43,7 +43,7 @@ def _markdown(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
 
 
 def _latex(rows: Sequence[RunRow], notes: Sequence[Note]) -> str:
-    head, *body = [[_escaped(cell) for cell in row] for row in cells(rows)]
+    head, *body = [[_escaped(cell) for cell in row] for row in rows_of_words(rows)]
     lines = [
         *(f"% {_one_line(note.words)}" for note in notes),
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
@@ -129,7 +129,7 @@ def _std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def cells(rows: Sequence[RunRow]) -> list[list[str]]:
+def rows_of_words(rows: Sequence[RunRow]) -> list[list[str]]:
     """Head and rows as people read them; columns that say nothing are left out."""
     names = list(dict.fromkeys(name for row in rows for name in row.settings))[:MOST_SETTINGS]
     head = ["run", "strategy", *names, "rounds", "status", "final loss", "best (round)"]

@@ -19,7 +19,7 @@ import pytest
 
 from fedtune.files import read_json
 from fedtune.lock import holder
-from tests.deploy.test_site import RUN, SCRIPT, Join, Joins, join, short_path, superlink
+from tests.deploy.test_join import RUN, SCRIPT, Join, Joins, join, short_path, superlink
 from tests.deployment.parts import Deployment, Program, placed
 
 __all__ = ["join", "short_path", "superlink"]

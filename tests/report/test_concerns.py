@@ -121,24 +121,24 @@ def test_nothing_is_below_by_nothing(tmp_path: Path, gap: float, words: str):
 
 
 @pytest.mark.parametrize(
-    ("samples", "words"),
+    ("samples", "equal", "words"),
     [
-        (400, "at equal samples"),
-        (416, "at equal samples"),
-        (384, "at equal samples"),
-        (417, "at 400 samples against 417"),
-        (200, "at 400 samples against 200"),
-        (None, "at samples not counted"),
+        (400, {}, "at equal samples"),
+        (416, {"centralized": True}, "at equal samples"),
+        (384, {"centralized": True}, "at equal samples"),
+        (417, {"centralized": False}, "at 400 samples against 417"),
+        (200, {}, "at 400 samples against 200"),
+        (None, {}, "at samples not counted"),
     ],
 )
-def test_equal_samples_are_said_only_where_they_are(tmp_path: Path, samples: int, words: str):
-    """Up to one batch of the other arm, 8 rows accumulated twice."""
+def test_equal_samples_are_said_only_where_they_are(
+    tmp_path: Path, samples: int, equal: dict[str, bool], words: str
+):
+    """Within a batch of the other arm, as the run itself says."""
     raw = summary(federated=[4.0, 3.0], centralized=[4.0, 2.0])
     raw["arms"]["federated"]["samples"] = [0, 400]
     raw["arms"]["centralized"]["samples"] = [0, samples]
-    raw["config"] = {
-        "training": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-    }
+    raw["verdict"]["equal_samples"] = equal
     run = load_summary(write_run(tmp_path, raw, []))
     assert headline(run) == f"Federated loss ends 50.0 % above centralized {words}."
     assert f"vs centralized 2.000 {words}: gap" in verdict_lines(run)[0]

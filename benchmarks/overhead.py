@@ -68,8 +68,8 @@ def one_client(scratch: Path, flags: list[str]):
     """Settings and worker of the main recipe with a single client."""
     from trl import SFTConfig
 
-    from fedtune.launcher import quiet_libraries
-    from fedtune.prepare import load_silos, prepare
+    from fedtune.run.launch import quiet_libraries
+    from fedtune.run.prepare import load_silos, prepare
     from fedtune.settings import parse_arguments
 
     quiet_libraries()
@@ -104,7 +104,7 @@ def time_plain(arguments, worker, steps: int) -> float:
 
 def time_federated(arguments, worker, directory: Path) -> float:
     """Seconds of the federated run, its evaluations left out and its files included."""
-    from fedtune.federate import federate
+    from fedtune.run.federate import federate
 
     directory.mkdir()
     alone = worker.fork(work_dir=directory / "clients")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fedtune.client.api import GlobalUpdate, init, is_running, receive, send
     from fedtune.client.callback import FedTuneCallback
     from fedtune.client.patch import patch, unpatch
-    from fedtune.launcher import launch
+    from fedtune.run.launch import launch
     from fedtune.strategies.aggregate import Aggregate, aggregate
 
 __all__ = [
@@ -38,7 +38,7 @@ _HOMES = {
     "aggregate": "fedtune.strategies.aggregate",
     "init": "fedtune.client.api",
     "is_running": "fedtune.client.api",
-    "launch": "fedtune.launcher",
+    "launch": "fedtune.run.launch",
     "patch": "fedtune.client.patch",
     "receive": "fedtune.client.api",
     "send": "fedtune.client.api",

@@ -28,7 +28,7 @@ LEVELS = (
         "processes",
         "proxies",
     },
-    {"_flower", "output", "ranges", "results", "settings", "data", "report", "doctor"},
+    {"_flower", "output_dir", "ranges", "results", "settings", "data", "report", "doctor"},
     {"adapters"},
     {"streaming"},
     {"strategies", "transport"},
@@ -39,7 +39,7 @@ LEVELS = (
     {"deploy"},
     {"engines"},
 )
-TOP = len(LEVELS)  # launch, cli and what they are made of
+TOP = len(LEVELS)  # run, cli and the public names
 
 MAY_IMPORT_FLOWER = (
     "strategies/stock.py",

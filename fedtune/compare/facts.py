@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from fedtune.config import Arguments, FederationArguments, TransportArguments
 from fedtune.files import read_json
-from fedtune.output import MARKER
+from fedtune.output_dir import MARKER
 
 __all__ = ["Facts", "settings_of", "versions"]
 
@@ -33,7 +33,7 @@ class Facts:
         own_rows: how many of the held-out rows are like each client's own, None where they cannot
             be told apart.
         files: path -> sha256 of every file that was read; hub id -> revision.
-        identity: rows, base model and tokenizer by content (`fedtune.identity`).
+        identity: rows, base model and tokenizer by content (`fedtune.run.identity`).
     """
 
     config: dict[str, Any]

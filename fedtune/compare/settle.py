@@ -21,7 +21,7 @@ from fedtune.compare.facts import Facts
 from fedtune.errors import FedtuneError
 from fedtune.files import read_json, write_json
 from fedtune.lock import holder
-from fedtune.output import forget_ending
+from fedtune.output_dir import forget_ending
 from fedtune.processes.signals import held, interrupted_by
 from fedtune.report import comparison_table, verdict_lines, write_report
 from fedtune.report.findings import headline

@@ -33,7 +33,7 @@ from fedtune.errors import ConfigError, DeployError, RoundError
 from fedtune.files import read_object
 from fedtune.lists import split_names
 from fedtune.lock import hold, holder
-from fedtune.output import check_output_dir, prepare_output_dir
+from fedtune.output_dir import check_output_dir, prepare_output_dir
 from fedtune.processes.last_line import say_last
 from fedtune.processes.signals import Stopped, held, status_of
 from fedtune.server.submission import SUBMISSION, Submission

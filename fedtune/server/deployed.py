@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import ConfigError, RunStopped
 from fedtune.files import write_json
 from fedtune.lock import hold
-from fedtune.output import forget_ending
+from fedtune.output_dir import forget_ending
 from fedtune.report.trackers import RoundTracker, open_trackers, round_scalars
 from fedtune.server.app import ServerRun, serve
 from fedtune.server.bases import Bases

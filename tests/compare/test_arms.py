@@ -18,7 +18,7 @@ from fedtune.adapters import collect, load_exported
 from fedtune.client.replies import Sent
 from fedtune.client.worker import Worker
 from fedtune.compare.arms import ArmInput, run_arm
-from fedtune.federate import federate_control
+from fedtune.run.federate import federate_control
 from fedtune.server.checkpoint import ServerState
 from fedtune.transport.messages import EvaluateTask
 from tests.federation.small import (

@@ -13,7 +13,7 @@ import torch
 from fedtune.adapters import load_exported
 from fedtune.adapters.base_terms import base_terms
 from fedtune.compare.arms import ArmInput, run_arm
-from fedtune.federate import federate_control
+from fedtune.run.federate import federate_control
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies import FedAvg, Method
 from fedtune.strategies.lora import LORA_RULES

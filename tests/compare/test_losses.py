@@ -20,8 +20,8 @@ from fedtune.compare.compose import build_summary
 from fedtune.compare.facts import Facts
 from fedtune.compare.own_rows_scorer import OwnRows
 from fedtune.config import ARMS
-from fedtune.federate import federate_control, own_scores
 from fedtune.results.series import Series
+from fedtune.run.federate import federate_control, own_scores
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies import build_method
 from tests.client.test_per_token import CLOSE, by_hand, padded, ragged, sharp

@@ -15,7 +15,7 @@ from fedtune.adapters import load_exported
 from fedtune.client.undisturbed import get_rng, same_state
 from fedtune.compare.arms import ArmInput, run_arm
 from fedtune.compare.schedule import steps_to_see
-from fedtune.federate import federate_control
+from fedtune.run.federate import federate_control
 from fedtune.server.checkpoint import ServerState
 from tests.federation.small import (
     run_small,

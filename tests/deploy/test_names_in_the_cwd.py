@@ -19,7 +19,7 @@ from tests.processes.programs import Program, left, wait_for
 PACKAGE = Path(fedtune.__file__).parent
 SAFE = {"-P", "-I"}  # the working directory is not searched for modules
 # A recipe is started as people start it, with the modules beside it.
-BY_HAND = {"launcher.py"}
+BY_HAND = {"run/launch.py"}
 
 
 def command_lines(file: Path) -> list[list[ast.expr]]:

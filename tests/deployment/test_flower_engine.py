@@ -13,7 +13,7 @@ from torch import Tensor
 from trl import SFTConfig
 
 from fedtune.adapters import collect, load_exported
-from fedtune.prepare import load_silos
+from fedtune.run.prepare import load_silos
 from fedtune.settings import parse_arguments
 from tests.conftest import REPOSITORY
 from tests.deployment import logged_sft

@@ -88,7 +88,7 @@ class Killer:
 
 def _recipe(directory: Path, settings: dict[str, Any]) -> None:
     """A whole run through the launcher: real Trainers, report and all; resumed if it was begun."""
-    from fedtune.launcher import quiet_libraries, run
+    from fedtune.run.launch import quiet_libraries, run
     from tests.federation.small import arguments, build_model, training_arguments
 
     quiet_libraries()
@@ -220,7 +220,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever is printed is no answer
     import matplotlib.pyplot  # noqa: F401
 
-    import fedtune.runs  # noqa: F401
+    import fedtune.run.seeds  # noqa: F401
     import tests.federation.scripted
     import tests.federation.small  # noqa: F401
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import federate
 from fedtune.client.worker import Worker
 from fedtune.config import FederationArguments, TransportArguments
 from fedtune.errors import RoundError
+from fedtune.run import federate
 from fedtune.server.app import ServerRun
 from fedtune.server.checkpoint import ServerState
 from fedtune.strategies import build_method

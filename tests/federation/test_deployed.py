@@ -17,7 +17,7 @@ from fedtune.config import FederationArguments, TransportArguments
 from fedtune.deploy.submit import facts_of
 from fedtune.errors import ConfigError, RoundError
 from fedtune.files import read_json, write_json
-from fedtune.output import write_marker
+from fedtune.output_dir import write_marker
 from fedtune.report import load_summary, render_report
 from fedtune.report.findings import headline
 from fedtune.server import deployed

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Message
 
 from fedtune.engines.inline import InlineGrid
-from fedtune.federate import federate
+from fedtune.run.federate import federate
 from fedtune.server.app import server_app
 from fedtune.strategies import fixed_global
 from fedtune.strategies.lora import LORA_RULES

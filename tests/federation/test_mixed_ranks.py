@@ -23,7 +23,7 @@ from fedtune.compare.arms import ArmInput, run_arm
 from fedtune.compare.plain import run_plain
 from fedtune.config import ARMS, Arguments
 from fedtune.engines.inline import InlineGrid
-from fedtune.federate import federate, federate_control
+from fedtune.run.federate import federate, federate_control
 from fedtune.server.store import RunStore
 from fedtune.strategies import build_method
 from fedtune.strategies.lora.manifests import ranks_in

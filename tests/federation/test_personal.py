@@ -17,7 +17,7 @@ from fedtune.adapters import collect
 from fedtune.client.client_round import ClientRound
 from fedtune.client.worker import Worker
 from fedtune.errors import ManifestError
-from fedtune.federate import _personal
+from fedtune.run.federate import _personal
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.store import RunStore
 from fedtune.strategies import Method

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from fedtune import launcher
+from fedtune.run import launch
 from tests.conftest import REPOSITORY
 from tests.recipes.runs import RECIPES, SCRIPTS, demo_of, recipe, run_here
 
@@ -52,7 +52,7 @@ def parsed(monkeypatch, tmp_path):
     """`parsed(script, *flags)`: the settings of a run, which is not begun, and what was said."""
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(launcher, "run", lambda args, *_: seen.append(args))
+    monkeypatch.setattr(launch, "run", lambda args, *_: seen.append(args))
 
     def parse(script, *flags):
         done = run_here(script, *flags)

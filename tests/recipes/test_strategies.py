@@ -93,17 +93,17 @@ def test_a_finished_one_is_compared_resumed_and_guarded(
 
 
 def test_one_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: Any):
-    import fedtune.runs
+    import fedtune.run.seeds
     from fedtune.errors import RoundError
 
-    real = fedtune.runs.federate
+    real = fedtune.run.seeds.federate
 
     def federate(args: Any, *others: Any) -> Any:
         if args.federation.strategy == "fedprox":
             raise RoundError("no good updates")
         return real(args, *others)
 
-    monkeypatch.setattr(fedtune.runs, "federate", federate)
+    monkeypatch.setattr(fedtune.run.seeds, "federate", federate)
     out = tmp_path / "out"
     done = run("--strategy", "fedprox,fedavg", "--output_dir", out)
     assert done.status == 1

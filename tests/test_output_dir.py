@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.output import MARKER, prepare_output_dir
+from fedtune.output_dir import MARKER, prepare_output_dir
 
 SETTINGS = {"lora_r": 8, "seeds": [42]}
 

@@ -18,7 +18,7 @@ from fedtune.data import client_table, find_label_column, make_silos
 from fedtune.data.silos import Silos
 from fedtune.data.usage import Usage
 from fedtune.errors import ConfigError, FedtuneError
-from fedtune.identity import identity_of
+from fedtune.run.identity import identity_of
 from fedtune.transport.settings import CodecSettings
 
 __all__ = ["Prepared", "load_silos", "prepare", "steps_per_client", "with_seed"]

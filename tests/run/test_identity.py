@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig,
 from transformers import AutoTokenizer
 
 from fedtune.assets import MODEL_DIR
-from fedtune.identity import model_sha256, rows_of, tokenizer_sha256
+from fedtune.run.identity import model_sha256, rows_of, tokenizer_sha256
 from tests.tiny import tiny_llama
 
 ROWS = [{"text": f"row {n} é", "label": n % 2} for n in range(7)]

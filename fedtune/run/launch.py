@@ -16,7 +16,7 @@ from fedtune.config import Arguments
 from fedtune.decisive import run_settings
 from fedtune.errors import FedtuneError, RoundError
 from fedtune.lock import check_free, hold
-from fedtune.output import check_output_dir, prepare_output_dir
+from fedtune.output_dir import check_output_dir, prepare_output_dir
 from fedtune.processes.signals import Stopped, interrupted_by, stoppable
 from fedtune.relay.folder import RunFolder
 from fedtune.settings import parse_arguments
@@ -77,10 +77,10 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
     from then on summary and report are there however the run ends.
     """
     from fedtune.compare.facts import versions
-    from fedtune.dry_run import describe_run
-    from fedtune.prepare import load_silos, prepare
-    from fedtune.runs import facts_of, run_seeds
-    from fedtune.sources import sources_of
+    from fedtune.run.dry_run import describe_run
+    from fedtune.run.prepare import load_silos, prepare
+    from fedtune.run.seeds import facts_of, run_seeds
+    from fedtune.run.sources import sources_of
 
     if len(args.strategies) > 1:
         return _run_several(args, build_model, build_trainer)
@@ -117,7 +117,7 @@ def run(args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer) -
 def _run_several(
     args: Arguments, build_model: BuildModel, build_trainer: BuildTrainer
 ) -> dict[str, Any]:
-    from fedtune.sweep import run_strategies
+    from fedtune.run.sweep import run_strategies
 
     try:
         return run_strategies(args, build_model, build_trainer)
@@ -138,7 +138,7 @@ def _say_end(directory: Path) -> None:
 def _take_part(
     args: Arguments, folder: RunFolder, build_model: BuildModel, build_trainer: BuildTrainer
 ) -> None:
-    from fedtune.site import take_part
+    from fedtune.run.as_site import take_part
 
     take_part(args, folder, build_model, build_trainer)
 

@@ -5,8 +5,8 @@ import hashlib
 from datasets import Dataset
 from trl import SFTConfig
 
+from fedtune.run.sources import sources_of
 from fedtune.settings import parse_arguments
-from fedtune.sources import sources_of
 
 
 def sources(*flags):

@@ -9,8 +9,8 @@ from fedtune.client.patch import patch
 from fedtune.client.worker import BuildModel, BuildTrainer, Worker
 from fedtune.config import Arguments
 from fedtune.errors import ConfigError
-from fedtune.prepare import load_silos, with_seed
 from fedtune.relay.folder import RunFolder, SitePlan
+from fedtune.run.prepare import load_silos, with_seed
 
 __all__ = ["take_part"]
 

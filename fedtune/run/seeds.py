@@ -25,12 +25,12 @@ from fedtune.data import format_table
 from fedtune.data.silos import Silos
 from fedtune.decisive import run_settings
 from fedtune.errors import FedtuneError, RoundError
-from fedtune.federate import federate, federate_control, own_scores
 from fedtune.files import read_json, write_json
 from fedtune.lock import hold
-from fedtune.output import MARKER, write_marker
-from fedtune.prepare import Prepared, prepare
+from fedtune.output_dir import MARKER, write_marker
 from fedtune.processes.signals import interrupted_by
+from fedtune.run.federate import federate, federate_control, own_scores
+from fedtune.run.prepare import Prepared, prepare
 
 __all__ = ["facts_of", "run_seeds", "surviving"]
 

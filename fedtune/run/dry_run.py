@@ -11,7 +11,7 @@ from fedtune.client.worker import Worker
 from fedtune.config import Arguments, sampled_clients
 from fedtune.data import format_table
 from fedtune.data.usage import Usage
-from fedtune.prepare import Prepared, steps_per_client
+from fedtune.run.prepare import Prepared, steps_per_client
 from fedtune.strategies import Method, strategy_of
 from fedtune.transport.codec_grid import MOST_BYTES
 from fedtune.transport.settings import CodecSettings

@@ -16,15 +16,15 @@ from fedtune.compare.settle import leaving
 from fedtune.compare.shared import SharedArms
 from fedtune.config import Arguments
 from fedtune.decisive import run_settings
-from fedtune.dry_run import describe_run
 from fedtune.errors import RoundError
 from fedtune.files import read_json
 from fedtune.lock import check_free, hold
-from fedtune.output import MARKER, check_output_dir, prepare_output_dir
-from fedtune.prepare import load_silos, prepare
+from fedtune.output_dir import MARKER, check_output_dir, prepare_output_dir
 from fedtune.report.run_directories import STRATEGIES, folder_of
-from fedtune.runs import facts_of, run_seeds, surviving
-from fedtune.sources import sources_of
+from fedtune.run.dry_run import describe_run
+from fedtune.run.prepare import load_silos, prepare
+from fedtune.run.seeds import facts_of, run_seeds, surviving
+from fedtune.run.sources import sources_of
 
 __all__ = ["run_strategies"]
 

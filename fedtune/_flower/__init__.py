@@ -5,6 +5,9 @@ task_message a `Message` outside a task, for tests and the engine in this proces
 simulation   Flower's simulation, called from a program
 app_bundle   the app as Flower packs it, and its hash
 fleet        whether a node that a SuperLink knows has signed a request
+superlink    Flower's SuperLink with its application behind another one
+listening    the connections of its web server, watched
+node_log     what Flower's node prints, as far as a site goes by it
 supernode    Flower's SuperNode without its fixed waits
 predecessor  a node that was killed is reported by the next one
 run_watch    a node asks whether the runs at its site go on

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtune.deploy.peer import Peer, address_of
 
-__all__ = ["PEER", "Rules", "Scope", "header", "is_for_sites"]
+__all__ = ["PEER", "Rules", "Scope", "header", "is_for_sites", "peer_state"]
 
 FOR_SITES = ("/v1/fleet/", "/health")
 PEER = "fedtune.peer"  # in the state of a request: the Peer of its connection
@@ -100,6 +100,11 @@ class Rules:
             f"only the user who runs fedtune up ({owner}){others} may ask for this, received uid "
             f"{uid}. Run submit, status, stop and logs as that user"
         )
+
+
+def peer_state(client: tuple[str, int], server: tuple[str, int]) -> dict[str, Any]:
+    """State of the requests of a connection: who is at its other end."""
+    return {PEER: Peer(client, server)}
 
 
 def _peer(scope: Scope) -> Peer | None:

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from fedtune.deploy.admission import Rules, Scope, is_for_sites
+from fedtune.deploy.admission import Rules, Scope, is_for_sites, peer_state
 from fedtune.deploy.bodies import Body, Receive, Send, answer, limit_of, refuse
 from fedtune.deploy.clocks import Clocks
 from fedtune.deploy.probe import HEALTH
@@ -79,26 +78,17 @@ class Gate:
 
 def main() -> None:
     """Run `flower-superlink` behind the gate."""
-    import uvicorn
-
     from fedtune._flower.fleet import known_nodes
-    from fedtune._flower.superexec import launch_runs_once
-    from fedtune.deploy.listening import protocol
+    from fedtune._flower.listening import protocol
+    from fedtune._flower.superlink import run_superlink
     from fedtune.deploy.opening import Opening
 
-    launch_runs_once()
-    serve: Callable[..., None] = uvicorn.run
-
-    def serve_gated(*, app: Any, host: str, **settings: Any) -> None:
+    def gated(app: Any, host: str, certificate: str | None) -> Gate:
         nodes = known_nodes(app)
-        rules = Rules.here(host, _names(settings.get("ssl_certfile")))
-        settings |= {"proxy_headers": False, "http": protocol()}  # nobody chooses their address
-        gate = Gate(Opening(app), rules, lambda scope: nodes(scope["headers"]))
-        serve(app=gate, host=host, **settings)
+        rules = Rules.here(host, _names(certificate))
+        return Gate(Opening(app), rules, lambda scope: nodes(scope["headers"]))
 
-    vars(uvicorn)["run"] = serve_gated
-    (program,) = entry_points(group="console_scripts", name="flower-superlink")
-    program.load()()
+    run_superlink(gated, protocol(peer_state))
 
 
 def _names(certificate: str | None) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedtune._flower.node_log import NodeEvent, event_of
 from fedtune.deploy.address import Address
 from fedtune.deploy.lookout import Lookout, Say
 from fedtune.deploy.script import LogLines
@@ -16,9 +17,6 @@ __all__ = ["SiteNode"]
 
 POLL_S = 0.1
 LOOK_S = 2.0  # between looks for a SuperLink that is not there yet
-# What Flower's node prints once the SuperLink has accepted it, and around each reply.
-JOINED, SENDING_END, SENT = "SuperNode ID:", "Sending: query.finish", "Sent successfully"
-REFUSED = "[code: 2004]"  # what it prints when its key is unknown, or connected already
 DELIVER_S = 10.0  # for the node to send its last reply, before --once ends it
 NODE_RESTARTS = 5  # in a row
 NODE_CALM_S = 60.0  # a node that lived this long had no trouble starting
@@ -99,15 +97,16 @@ class SiteNode:
 
     def _listen(self, *, rest: bool = False) -> None:
         for line in self._lines.read(rest=rest):
-            if JOINED in line and not self._joined:
+            event = event_of(line)
+            if event is NodeEvent.JOINED and not self._joined:
                 self._joined = self._has_joined = True
                 self._refusals = 0
                 self._say(f"joined {self._superlink}; waiting for a run")
-            elif REFUSED in line:
+            elif event is NodeEvent.REFUSED:
                 self._refused = True
-            elif SENDING_END in line:
+            elif event is NodeEvent.SENDING_END:
                 self._sending_end = True
-            elif SENT in line and self._sending_end:
+            elif event is NodeEvent.SENT and self._sending_end:
                 self._sending_end, self._end_sent = False, True
 
     def _restart(self, part: Part, now: float) -> None:

@@ -7,27 +7,37 @@ comes byte by byte.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
-
-from fedtune.deploy.admission import PEER
-from fedtune.deploy.peer import Peer
 
 __all__ = ["protocol"]
 
 REQUEST_S = 30.0  # to ask something, from the start or from the end of what was asked before
 HEADERS = 64 << 10  # bytes of a request before its body, at least
 
+Address = tuple[str, int]
+StateOf = Callable[[Address, Address], dict[str, Any]]
 
-def protocol() -> type[asyncio.Protocol]:
-    """The protocol that uvicorn would choose, watched."""
+
+def protocol(state_of: StateOf) -> type[asyncio.Protocol]:
+    """The protocol that uvicorn would choose, watched.
+
+    Args:
+        state_of: what the state of each request holds of its connection, by the addresses of the
+            caller and of the server.
+    """
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    return cast(type[asyncio.Protocol], type("Watched", (_Watch, AutoHTTPProtocol), {}))
+    return cast(
+        type[asyncio.Protocol],
+        type("Watched", (_Watch, AutoHTTPProtocol), {"state_of": staticmethod(state_of)}),
+    )
 
 
 class _Watch(asyncio.Protocol):
     """Before one of uvicorn's protocols; its `cycle` is the request in hand, or the last one."""
 
+    state_of: StateOf
     app_state: dict[str, Any]
     cycle: Any
     _transport: asyncio.Transport
@@ -41,7 +51,7 @@ class _Watch(asyncio.Protocol):
         self._seen: Any = None
         ends = [transport.get_extra_info(name) for name in ("peername", "sockname")]
         if all(isinstance(end, tuple) for end in ends):
-            self.app_state = {**self.app_state, PEER: Peer(*(end[:2] for end in ends))}
+            self.app_state = {**self.app_state, **self.state_of(*(end[:2] for end in ends))}
         self._timer = self._loop.call_later(REQUEST_S, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:

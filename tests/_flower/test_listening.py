@@ -12,9 +12,9 @@ import time
 import pytest
 import uvicorn
 
-from fedtune.deploy import listening
-from fedtune.deploy.admission import PEER
-from fedtune.deploy.listening import protocol
+from fedtune._flower import listening
+from fedtune._flower.listening import protocol
+from fedtune.deploy.admission import PEER, peer_state
 
 LIMIT_S = 0.3
 
@@ -42,7 +42,12 @@ def server(request, monkeypatch):
     monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", getattr(module, name))
     monkeypatch.setattr(listening, "REQUEST_S", LIMIT_S)
     config = uvicorn.Config(
-        app, port=0, http=protocol(), lifespan="off", log_level="warning", proxy_headers=False
+        app,
+        port=0,
+        http=protocol(peer_state),
+        lifespan="off",
+        log_level="warning",
+        proxy_headers=False,
     )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from fedtune.errors import FedtuneError
-from fedtune.results.values import count, items, mapping, number
+from fedtune.results.values import count, items, listed, mapping, number
 
 __all__ = [
     "ROUNDS",
@@ -49,10 +49,6 @@ class Refusal:
     client: str
     reason: str
 
-    def to_json(self) -> dict[str, Any]:
-        """As `rounds.jsonl`, `attempts.jsonl` and `summary.json` hold a refusal."""
-        return {"node": self.node, "client": self.client, "reason": self.reason}
-
     @classmethod
     def from_json(cls, raw: object) -> Self:
         """The refusal in a JSON object."""
@@ -74,10 +70,6 @@ class FailedAttempt:
 
     reason: str
     refused: tuple[Refusal, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As `rounds.jsonl` and `attempts.jsonl` hold an attempt."""
-        return {"reason": self.reason, "refused": [one.to_json() for one in self.refused]}
 
     @classmethod
     def from_json(cls, raw: object) -> Self:
@@ -165,12 +157,15 @@ class RoundRecord:
     def to_json(self) -> dict[str, Any]:
         """The line as a JSON object."""
         plain: dict[str, Any] = {}
-        for item in fields(self):
-            name, value = item.name, getattr(self, item.name)
-            left_out = name in IF_KNOWN and value is None
-            if left_out or (name in AFTER_TRAINING and self.round == 0):
-                continue
-            plain |= value.to_json() if name == "traffic" else {name: _plain(value)}
+        for name, value in listed(asdict(self)).items():
+            if name == "traffic":
+                plain |= self.traffic.to_json()
+            elif name == "clients" and self.round != 0:
+                plain[name] = {client: sent.to_json() for client, sent in self.clients.items()}
+            elif (name not in IF_KNOWN or value is not None) and (
+                name not in AFTER_TRAINING or self.round != 0
+            ):
+                plain[name] = value
         return plain
 
     @classmethod
@@ -196,7 +191,11 @@ class RoundRecord:
                 for name, seconds in _numbers(plain.get("time")).items()
                 if seconds is not None
             },
-            **{name: number(plain.get(name)) for name in NUMBERS},
+            **{
+                item.name: number(plain.get(item.name))
+                for item in fields(cls)
+                if item.type == "float | None"
+            },
         )
 
     @property
@@ -205,21 +204,6 @@ class RoundRecord:
         last = self.attempt or len(self.failed_attempts) + 1
         tries = [*enumerate((one.refused for one in self.failed_attempts), 1), (last, self.refused)]
         return [(attempt, refusal) for attempt, refused in tries for refusal in refused]
-
-
-NUMBERS = (
-    "eval_loss",
-    "train_loss",
-    "samples",
-    "tokens",
-    "wall_s",
-    "update_norm",
-    "client_drift",
-    "server_rate",
-    "residual",
-    "residual_fedavg",
-    "base_error",
-)
 
 
 def rounds_file(directory: Path) -> Path | None:
@@ -270,11 +254,3 @@ def _seed(name: str) -> tuple[int, str]:
 
 def _numbers(raw: object) -> dict[str, float | None]:
     return {name: number(value) for name, value in mapping(raw).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value.to_json() if hasattr(value, "to_json") else value

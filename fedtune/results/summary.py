@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,7 +63,7 @@ class LastRefusal:
 
     def to_json(self) -> dict[str, Any]:
         """As `summary.json` holds it."""
-        return {"round": self.round, "attempt": self.attempt, **self.refusal.to_json()}
+        return {"round": self.round, "attempt": self.attempt, **asdict(self.refusal)}
 
     @classmethod
     def from_json(cls, raw: object) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["count", "items", "mapping", "number"]
+__all__ = ["count", "items", "listed", "mapping", "number"]
 
 
 def number(value: object) -> float | None:
@@ -32,3 +32,10 @@ def mapping(value: object) -> dict[str, Any]:
 def items(value: object) -> list[Any]:
     """A JSON array, else an empty one."""
     return value if isinstance(value, list) else []
+
+
+def listed(value: Any) -> Any:
+    """The value with lists in place of tuples, as JSON gives it back."""
+    if isinstance(value, dict):
+        return {name: listed(one) for name, one in value.items()}
+    return [listed(one) for one in value] if isinstance(value, list | tuple) else value

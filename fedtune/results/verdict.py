@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from fedtune.results.values import count, items, mapping, number
@@ -19,10 +19,6 @@ class Spread:
 
     mean: float | None
     std: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """`{"mean": ..., "std": ...}`."""
-        return {"mean": self.mean, "std": self.std}
 
     @classmethod
     def from_json(cls, raw: object) -> Self | None:
@@ -68,7 +64,7 @@ class OwnGain:
 
     def to_json(self) -> dict[str, Any]:
         """`{"mean": ..., "std": ..., "clients": [...]}`."""
-        return {**self.spread.to_json(), "clients": [row.to_json() for row in self.clients]}
+        return {**asdict(self.spread), "clients": [row.to_json() for row in self.clients]}
 
     @classmethod
     def from_json(cls, raw: object) -> Self | None:
@@ -85,10 +81,6 @@ class Parity:
 
     identical: bool
     first_diff_step: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """`{"identical": ..., "first_diff_step": ...}`."""
-        return {"identical": self.identical, "first_diff_step": self.first_diff_step}
 
     @classmethod
     def from_json(cls, raw: object) -> Self | None:
@@ -120,11 +112,8 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The object in the summary."""
-        plain = dict(vars(self))
-        return {
-            name: value.to_json() if hasattr(value, "to_json") else value
-            for name, value in plain.items()
-        }
+        own = self.gain_over_local_own_pct
+        return asdict(self) | {"gain_over_local_own_pct": own.to_json() if own else None}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Self:

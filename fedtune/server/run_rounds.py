@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedtune.errors import RoundError, private
@@ -163,7 +163,7 @@ class _Rounds:
 
     def _give_up(self, number: int, failures: Failures, told: str) -> None:
         """Note a failure; raises RoundError when it is one too many."""
-        self._on_attempt({"round": number, "attempt": len(failures), **failures[-1].to_json()})
+        self._on_attempt({"round": number, "attempt": len(failures), **asdict(failures[-1])})
         log.warning("round %d, attempt %d failed: %s", number, len(failures), failures[-1].reason)
         if len(failures) > self._plan.max_failed_rounds:
             raise RoundError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -16,12 +17,12 @@ from fedtune.results.verdict import Parity
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
-    assert spread([2.0, 4.0, 9.0]).to_json() == {
+    assert asdict(spread([2.0, 4.0, 9.0])) == {
         "mean": 5.0,
         "std": pytest.approx(statistics.stdev([2.0, 4.0, 9.0])),
     }
-    assert spread([3.0]).to_json() == {"mean": 3.0, "std": None}
-    assert spread([3.0, 3.0]).to_json() == {"mean": 3.0, "std": 0.0}
+    assert asdict(spread([3.0])) == {"mean": 3.0, "std": None}
+    assert asdict(spread([3.0, 3.0])) == {"mean": 3.0, "std": 0.0}
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9))
@@ -29,7 +30,7 @@ def test_spread_agrees_with_the_standard_library(values: list[float]) -> None:
     """Two-pass fp64 on at most 9 values: relative 1e-9 of the largest leaves a wide margin; squares
     of what is below 1e-154 vanish.
     """
-    result = spread(values).to_json()
+    result = asdict(spread(values))
     scale = max(map(abs, values)) * 1e-9
     assert result["mean"] == pytest.approx(statistics.mean(values), abs=scale)
     assert result["std"] == pytest.approx(statistics.stdev(values), abs=scale + 1e-100, rel=1e-6)

@@ -7,6 +7,7 @@ app_bundle   the app as Flower packs it, and its hash
 fleet        whether a node that a SuperLink knows has signed a request
 superlink    Flower's SuperLink with its application behind another one
 listening    the connections of its web server, watched
+command_errors why a command of Flower failed, from what it prints
 node_log     what Flower's node prints, as far as a site goes by it
 supernode    Flower's SuperNode without its fixed waits
 predecessor  a node that was killed is reported by the next one

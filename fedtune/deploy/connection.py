@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedtune._flower.command_errors import reason_in
 from fedtune.deploy.address import Address
 from fedtune.deploy.gate import GATE
 from fedtune.deploy.probe import probe
@@ -22,7 +23,6 @@ from fedtune.deploy.roles import ca_certificate
 from fedtune.errors import ConfigError, DeployError
 from fedtune.processes.parent import die_with_parent
 from fedtune.processes.signals import held
-from fedtune.processes.supervisor import COLOURS
 
 __all__ = ["Connection", "flower_environment", "flower_program"]
 
@@ -36,7 +36,6 @@ OPEN_DOORS = (
     "FLWR_INTERNAL_GRPC_CONTROL_API",
     "FLWR_INTERNAL_GRPC_FLEET_API",
 )
-PREAMBLE = ("Using SuperLink: ", "INFO ")
 
 
 class Connection:
@@ -170,8 +169,8 @@ class Connection:
         )
 
     def _failed(self, words: tuple[str | Path, ...], text: str) -> DeployError:
-        said = " ".join(line for line in map(_without_frame, text.splitlines()) if _tells(line))
-        return DeployError(f"flwr {words[0]} at {self.address}: {said[:SAID] or 'no reason given'}")
+        said = reason_in(text)[:SAID] or "no reason given"
+        return DeployError(f"flwr {words[0]} at {self.address}: {said}")
 
 
 def flower_environment(home: Path, *near: str) -> dict[str, str]:
@@ -204,15 +203,6 @@ def flower_program(name: str) -> str:
     if found is None:
         raise ConfigError(f"{name}: not found beside {sys.executable}. pip install flwr.")
     return found
-
-
-def _without_frame(line: str) -> str:
-    return COLOURS.sub("", line).strip("\u2502\u256d\u256e\u2570\u256f\u2500 ")
-
-
-def _tells(line: str) -> bool:
-    """Whether a line of Flower's is more than what it is about to do."""
-    return bool(line) and line != "Error" and not line.startswith(PREAMBLE) and line[-3:] != "..."
 
 
 def _toml(path: Path) -> str:

@@ -110,6 +110,7 @@ def _parser(asked: str) -> argparse.ArgumentParser:
         help="base model: of --merge, if it has moved; of a full model without its tokenizer",
     )
 
+    _add(commands, "methods", _methods, "All methods and workflows that are found, as tables.")
     _add(commands, "doctor", _doctor, "Check this machine and its packages.")
     for name, help in DEPLOYMENT.items():
         command = _add(commands, name, _doctor, help)
@@ -131,6 +132,13 @@ def _add(
     )
     parser.set_defaults(command=command)
     return parser
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from fedtune.strategies.listing import listing
+
+    print(listing())
+    return 0
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ WINDOW = 50  # finished rounds among which bounds look for the last that moved
 
 
 class CentralRounds:
-    """Rounds of one run."""
+    """The server samples clients, asks them, and aggregates what comes back."""
 
     def __init__(self, setting: Setting) -> None:
         self._set, self._exchange, self._method = setting, setting.exchange, setting.method
@@ -52,7 +52,7 @@ class CentralRounds:
         self._exchange.forget_leavers(members)
         current, before = self._global(state), self._exchange.traffic
         read_s, wait_s = self._exchange.read_s, self._exchange.wait_s
-        names = self._sample(number, attempt, members)
+        names = self.sample(number, attempt, members)
         result = RoundResult(asked=sorted({*self._exchange.busy, *names}))
         judge = self._judge(number, state)
         aggregation = self._aggregation(number, members, state, len(result.asked))
@@ -129,7 +129,7 @@ class CentralRounds:
             log.warning("round %d: refused %s: %s", number, one.client, error)
         result.aggregate_s += time.perf_counter() - started
 
-    def _sample(self, number: int, attempt: int, members: Sequence[Member]) -> list[str]:
+    def sample(self, number: int, attempt: int, members: Sequence[Member]) -> list[str]:
         """Names of the clients asked in this attempt of a round, sorted; the busy ones are not."""
         busy = self._exchange.busy
         idle = {member.name for member in members} - set(busy)

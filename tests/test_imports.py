@@ -30,7 +30,6 @@ LEVELS = (
     },
     {"_flower", "output_dir", "ranges", "results", "settings", "data", "report", "doctor"},
     {"adapters"},
-    {"streaming"},
     {"strategies", "transport"},
     {"checks"},
     {"relay"},

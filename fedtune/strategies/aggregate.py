@@ -19,7 +19,6 @@ from fedtune.strategies.lora.manifests import ranks_in
 from fedtune.strategies.registry import STOCK
 from fedtune.strategies.residuals import residuals
 from fedtune.strategies.scaling import Scaling, common_scaling
-from fedtune.streaming.source import InMemory
 
 __all__ = ["Aggregate", "aggregate"]
 
@@ -82,7 +81,7 @@ def aggregate(
     now = Round(reference=start, scaling=scales, rank=_ranks([start, *given]))
     aggregation = Aggregator(method).begin(now)
     for update, weight in zip(equal, by, strict=True):
-        aggregation.add(Contribution(InMemory(update), weight=weight))
+        aggregation.add(Contribution(update, weight=weight))
     if method.optimizer is not None:
         _check_step(name, aggregation.result, start)
     found = aggregation.finish()

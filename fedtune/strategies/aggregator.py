@@ -4,9 +4,8 @@
     aggregation.add(contribution)           once a client
     aggregation.finish() -> Aggregated      the new parameters, what is kept, figures
 
-What lies in memory is folded as it comes, so a rule that needs only sums takes one running sum.
-What lies elsewhere is kept as a reference, and folded part by part into a sink in the end, in as
-much memory as one unit of the rule takes (`Properties.unit`) from every client (`by_parts.py`).
+A contribution is folded as it comes, so a rule that needs only sums takes one running sum, however
+many clients there are.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fedtune.strategies.base import ClientStats, Round, Seen
@@ -25,7 +25,6 @@ from fedtune.strategies.memory import MethodState, ServerMemory, not_finite
 from fedtune.strategies.method import Method
 from fedtune.strategies.residuals import Certificate
 from fedtune.strategies.vectors import squared_distance
-from fedtune.streaming.source import InMemory, TensorSource
 
 __all__ = ["Aggregated", "Aggregation", "Aggregator", "Contribution", "NotFiniteError"]
 
@@ -53,7 +52,7 @@ class Contribution:
         squared_norm: |params - start|^2, where it is known.
     """
 
-    params: TensorSource
+    params: Params
     stats: ClientStats = ClientStats(0, 0, 0)
     start: Params | None = None
     extras: Mapping[str, Params] = field(default_factory=dict)
@@ -134,7 +133,7 @@ class Aggregation:
         self._method, self._sent_once = aggregator.method, aggregator.sent_once
         self._now, self._memory = now, memory
         self._fold = self._method.rule.fold(now)
-        self._like: Params = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._extras: dict[str, RunningMean] = {}
         self._certificate = Certificate(now.scaling) if certifies else None
         # A distance has a meaning where a parameter means the same before and after the round.
@@ -149,13 +148,12 @@ class Aggregation:
         Raises:
             ManifestError: the rule cannot use it.
         """
-        assert isinstance(one.params, InMemory)
         rule, reference = self._method.rule, self._now.reference
         weight = rule.weigh(one.stats) if one.weight is None else one.weight
         start = reference if one.start is None else one.start
-        params = rule.rebase(one.params.tensors, start, reference, one.age)
+        params = rule.rebase(one.params, start, reference, one.age)
         self._fold.add(params, weight)
-        self._like = self._like or one.params.tensors
+        self._dtypes = self._dtypes or {n: t.dtype for n, t in one.params.items()}
         self.stats.append(one.stats)
         for name, change in one.extras.items():
             self._extras.setdefault(name, RunningMean()).add(change, rule.share(one.stats))
@@ -163,7 +161,7 @@ class Aggregation:
             self._certificate.add({**self._sent_once, **start, **params}, weight)
         known = one.squared_norm
         if known is None and (self._spread is not None or self._method.properties.needs_steps):
-            known = _squared_move(one.params.tensors, start)
+            known = _squared_move(one.params, start)
         self._longest = max(self._longest, math.sqrt(known or 0.0))
         if self._spread is not None:
             moved = _squared_move(params, reference) if one.age else known
@@ -217,7 +215,7 @@ class Aggregation:
         state: MethodState = {name: dict(kept) for name, kept in memory.method_state.items()}
         for name, value in toward(old, result, rate).items():
             if method.optimizer is None:
-                new[name], state[name] = value.to(self._like[name].dtype), {}
+                new[name], state[name] = value.to(self._dtypes[name]), {}
                 continue
             kept = {k: one for k, one in state.get(name, {}).items() if k not in method.extras}
             new[name], state[name] = method.optimizer.step(old[name], value, kept)

@@ -134,7 +134,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Correction:
-    """What clients add to their gradients (`client/round/corrections.py`).
+    """What clients add to their gradients (`client/corrections.py`).
 
     Attributes:
         name: by which clients know it.

@@ -92,7 +92,7 @@ class Oracle:
 
         def spy(aggregation: Aggregation, one: Contribution) -> None:
             add(aggregation, one)
-            params = {name: value.double() for name, value in one.params.tensors.items()}
+            params = {name: value.double() for name, value in one.params.items()}
             self._updates.append((float(one.stats.num_tokens), params))
 
         patch.setattr(Aggregation, "add", spy)

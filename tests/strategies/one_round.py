@@ -14,7 +14,6 @@ from fedtune.strategies.lora.factors import Factors
 from fedtune.strategies.lora.names import lora_modules
 from fedtune.strategies.memory import ServerMemory
 from fedtune.strategies.method import Part
-from fedtune.streaming.source import InMemory
 from tests.methods import method_of
 
 Params = Mapping[str, Tensor]
@@ -41,7 +40,7 @@ def begun(
     now = Round(number, old, dict.fromkeys(lora_modules(updates[0]), SCALING))
     aggregation = Aggregator(method_of(method)).begin(now, memory)
     for update, one in zip(updates, who, strict=True):
-        aggregation.add(Contribution(InMemory(update), one))
+        aggregation.add(Contribution(update, one))
     return aggregation
 
 

@@ -23,7 +23,6 @@ from fedtune.strategies.aggregator import Aggregation, Contribution, NotFiniteEr
 from fedtune.strategies.base import ClientStats
 from fedtune.strategies.memory import ServerMemory
 from fedtune.strategies.method import Method
-from fedtune.streaming.source import InMemory
 from fedtune.transport.messages import Declared
 
 __all__ = ["Attempt", "StepFailedError"]
@@ -105,7 +104,7 @@ class Attempt:
         try:
             self._aggregation.add(
                 Contribution(
-                    InMemory(one.update.params),
+                    one.update.params,
                     one.update.stats,
                     one.start,
                     one.update.extras,

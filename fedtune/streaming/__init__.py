@@ -1,1 +1,0 @@
-"""Where tensors lie, and how they cross from one process to another."""

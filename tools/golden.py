@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -107,16 +106,21 @@ def recorded(tree: Path, names: list[str], *, once: bool) -> dict[str, Any]:
         first = result_of(tree, RUNS[name])
         same = once or result_of(tree, RUNS[name]) == first
         runs[name] = first if same else {"left out": "two runs of it differ"}
-        print(f"{name}: {'recorded' if same else 'differs from itself'}", flush=True)
+        word = "failed" if "failed" in first else "recorded" if same else "differs from itself"
+        print(f"{name}: {word}", flush=True)
     packages = ("torch", "transformers", "peft", "flwr", "trl", "numpy")
     return {
-        "processor": [
-            platform.processor() or platform.machine(),
-            torch.backends.cpu.get_cpu_capability(),
-        ],
+        "processor": processor(),
         "versions": {name: version(name) for name in packages},
         "runs": runs,
     }
+
+
+def processor() -> list[str]:
+    """The model, and which kernels torch takes."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+    return [model, torch.backends.cpu.get_cpu_capability()]
 
 
 def result_of(tree: Path, words: str) -> dict[str, Any]:
@@ -134,10 +138,14 @@ def result_of(tree: Path, words: str) -> dict[str, Any]:
 
 def digest_of(output: Path) -> str:
     """sha256 over names, dtypes, shapes and values of the delivered tensors."""
+    files = sorted(
+        path for kind in ("adapter", "model") for path in output.glob(f"{kind}/**/*.safetensors")
+    )
+    if not files:
+        raise SystemExit(f"{output}: expected an adapter or a model, found none")
     digest = hashlib.sha256()
-    for file in sorted(
-        [*output.glob("adapter/*.safetensors"), *output.glob("model/*.safetensors")]
-    ):
+    for file in files:
+        digest.update(str(file.relative_to(output).parent).encode())
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -166,10 +174,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
     differ = False
     for name in dict.fromkeys([*before["runs"], *after["runs"]]):
         one, other = before["runs"].get(name), after["runs"].get(name)
-        left_out = any("left out" in record for record in (one, other) if record)
         equal = one == other and "failed" not in (one or {})
-        differ |= not equal and not left_out
-        print(f"{name:<28}{'left out' if left_out else 'equal' if equal else 'DIFFERENT'}")
+        differ |= not equal
+        word = "DIFFERENT" if not equal else "left out" if "left out" in one else "equal"
+        print(f"{name:<28}{word}")
     return int(differ)
 
 

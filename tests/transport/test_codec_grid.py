@@ -30,7 +30,9 @@ def test_a_client_has_what_the_server_thinks(tmp_path: Path, codec: str, on: str
     bench = Bench(tmp_path, 2, codec=codec, on=on)
     for number in range(4):
         params, control, base = draw(number), draw(10 + number), draw(number // 2)
-        content = pack(arrays=params, control=control, base=base, config=task(1).record())
+        content = pack(
+            arrays=params, extras={"control": control}, base=base, config=task(1).record()
+        )
         replies = list(
             bench.grid.send_and_receive([Message(content, node, TRAIN) for node in bench.nodes])
         )

@@ -9,7 +9,6 @@ from flwr.app import RecordDict
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.rounds.client_views import ClientViews
 from fedtune.transport.messages import Member, pack
-from fedtune.transport.records import to_arrays
 
 __all__ = ["goodbyes"]
 
@@ -32,11 +31,10 @@ def goodbyes(
     told = {node: pack(config=words) for node in nodes}
     if state is None:
         return told
-    views = ClientViews(state.params, "end")
-    base = to_arrays(state.base.sent(state.params)) if state.base.terms else None
+    views = ClientViews(state.params, "end", state.base)
     for node in told.keys() & met.keys():
         member = met[node]
         trained = state.client_rounds.get(member.name, 0)
         arrays = views.record(member.manifest, personal if trained else ())
-        told[node] = pack(arrays=arrays, base=base, config={**words, "resume_round": trained})
+        told[node] = pack(arrays=arrays, base=views.base, config={**words, "resume_round": trained})
     return told

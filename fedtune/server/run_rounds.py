@@ -5,10 +5,11 @@ History, best, retries and durable state stand here, once for all workflows.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fedtune.errors import RoundError, private
@@ -61,10 +62,8 @@ def run_rounds(
         on_round(state, first)
     for number in range(state.round + 1, plan.num_rounds + 1):
         played, record = run.play(number, state)
-        state.round, state.params, state.manifest = number, played.params, played.manifest
         _warn_of_size(state.base, played.memory.base)
-        state.method_state, state.base = played.memory.method_state, played.memory.base
-        state.control_clients = played.memory.extras_clients
+        _take(state, number, played)
         _keep_best(state, record)
         state.history.append(record)
         on_round(state, record)
@@ -120,15 +119,8 @@ class _Rounds:
             self._doubt(played.refused)
             break
         state.client_rounds.update(played.rounds)
-        after = replace(
-            state,
-            round=number,
-            params=played.params,
-            manifest=played.manifest,
-            method_state=played.memory.method_state,
-            base=played.memory.base,
-            control_clients=played.memory.extras_clients,
-        )
+        after = copy.copy(state)  # the state itself stays that of the last finished round
+        _take(after, number, played)
         scores, evaluate_s, uncounted = self._score(number, members, after)
         traffic = self._exchange.traffic - before - uncounted
         names = {member.node: member.name for member in members}
@@ -198,6 +190,13 @@ class _Rounds:
             scores = Scores({}, [])
         uncounted = Traffic() if self._plan.sites_evaluate else self._exchange.traffic - before
         return scores, round(time.perf_counter() - started, 4), uncounted
+
+
+def _take(state: ServerState, number: int, played: Played) -> None:
+    """Go on to what a round has come to."""
+    state.round, state.params, state.manifest = number, played.params, played.manifest
+    state.method_state, state.base = played.memory.method_state, played.memory.base
+    state.control_clients = played.memory.extras_clients
 
 
 def _keep_best(state: ServerState, record: dict[str, Any]) -> None:

@@ -28,9 +28,13 @@ from fedtune.engines.inline import InlineGrid, run_inline
 from fedtune.server.app import ServerRun, server_app
 from fedtune.server.checkpoint import ServerState
 from fedtune.server.plan import Plan
+from fedtune.server.rounds.central import CentralRounds
+from fedtune.server.rounds.exchange import DirectExchange
+from fedtune.server.rounds.workflow import Setting
 from fedtune.server.run_rounds import RoundHook
 from fedtune.strategies import Method
 from fedtune.strategies.method import Part
+from fedtune.transport.grid import EagerGrid
 from tests.methods import method_of
 from tests.tiny import tiny_llama, tokens
 
@@ -145,6 +149,11 @@ def server_run(
         fraction_train=fraction_train,
         min_replies=min_replies,
     )
+
+
+def central(grid: EagerGrid, method: Method | Part | None = None, **plan: Any) -> CentralRounds:
+    """The workflow of a run over a grid; `plan` replaces fields of `PLAN`."""
+    return CentralRounds(Setting(DirectExchange(grid), method_of(method), replace(PLAN, **plan)))
 
 
 def result_of(run: ServerRun) -> ServerState:

@@ -15,17 +15,12 @@ from flwr.clientapp import ClientApp
 
 from fedtune.engines.inline import InlineGrid
 from fedtune.server.checkpoint import ServerState
-from fedtune.server.plan import Plan
-from fedtune.server.rounds.central import CentralRounds
-from fedtune.server.rounds.exchange import DirectExchange
-from fedtune.server.rounds.workflow import Setting
-from fedtune.strategies import Method
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import TRAIN, Member, RoundTask, pack
 from fedtune.transport.records import count_bytes, to_arrays
 from fedtune.transport.traffic import Traffic
 from tests.federation.scripted import MANIFEST, Script, first_params, in_a_task, serve
-from tests.federation.small import result_of, server_run
+from tests.federation.small import central, result_of, server_run
 
 CLIENTS = 50
 
@@ -72,8 +67,7 @@ def test_replies_are_folded_as_they_arrive_and_dropped() -> None:
         grid = EagerGrid(census)
         names = {node: f"client-{k:02d}" for k, node in enumerate(grid.get_node_ids())}
         members = [Member(node, name) for node, name in names.items()]
-        plan = Plan(run="42", num_rounds=1, steps=4, epochs=0.0, carry=True, seed=42)
-        workflow = CentralRounds(Setting(DirectExchange(grid), Method(), plan))
+        workflow = central(grid)
         state = ServerState(0, first_params(), {}, MANIFEST)
         gc.collect()
         gc.disable()

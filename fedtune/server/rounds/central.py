@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from fedtune.config import sampled_clients
 from fedtune.errors import private
 from fedtune.results.round_record import FailedAttempt, Refusal
@@ -58,7 +60,7 @@ class CentralRounds:
         aggregation = self._aggregation(number, members, state, len(result.asked))
         share = self._set.bounds.max_client_weight
         taking = Attempt(self._method, result, judge, aggregation, share=share)
-        tasks = {name: self._task(name, number, attempt, members, state) for name in names}
+        tasks = self._tasks(names, number, attempt, members, state)
         buffer = self._buffer(members)
         for read in self._exchange.train(number, tasks, members, current):
             if isinstance(read, Refusal):
@@ -70,15 +72,11 @@ class CentralRounds:
                 break
         started = time.perf_counter()
         taking.settle(state.history, {member.name: member.declared for member in members})
-        needed = self._needed(result, members)
-        if len(result.replies) < needed:
-            self._risen = number, judge.risen(len(result.asked), len(members))
-            raise self._failure(result, needed, "")
         try:
-            changed, memory = taking.step(len(_known(members, state)))
-        except StepFailedError as error:
+            changed, memory = self._step(taking, result, members, state, buffer)
+        except AttemptFailedError:
             self._risen = number, judge.risen(len(result.asked), len(members))
-            raise self._failure(result, needed, str(error)) from None
+            raise
         # As they would come out of a message: sums over strides would round differently.
         params = {n: value.contiguous() for n, value in {**state.params, **changed}.items()}
         result.aggregate_s += time.perf_counter() - started
@@ -137,36 +135,59 @@ class CentralRounds:
         key = f"{self._set.plan.seed}/{number}/{attempt}"
         return sample_clients(idle, max(0, min(count, len(idle))), key)
 
-    def _task(
+    def _step(
         self,
-        name: str,
+        taking: Attempt,
+        result: RoundResult,
+        members: Sequence[Member],
+        state: ServerState,
+        buffer: int,
+    ) -> tuple[dict[str, Tensor], ServerMemory]:
+        """What the server makes of the updates; raises AttemptFailedError."""
+        asked = needed_replies(self._set.min_replies, len(result.asked))
+        needed = buffer or max(asked, self._method.rule.least_updates())
+        if len(result.replies) < needed:
+            raise _failure(result, needed)
+        try:
+            return taking.step(len(_known(members, state)))
+        except StepFailedError as error:
+            raise _failure(result, needed, str(error)) from None
+
+    def _tasks(
+        self,
+        names: Sequence[str],
         number: int,
         attempt: int,
         members: Sequence[Member],
         state: ServerState,
-    ) -> RoundTask:
+    ) -> dict[str, RoundTask]:
         plan, correction = self._set.plan, self._method.correction
-        manifest = next(member.manifest for member in members if member.name == name)
         properties = self._method.properties
-        return RoundTask(
-            run=plan.run,
-            round=number,
-            num_rounds=plan.num_rounds,
-            attempt=attempt,
-            manifest=(manifest or state.manifest).hash,
-            steps=plan.steps,
-            epochs=plan.epochs,
-            carry=plan.carry,
-            seed=plan.seed,
-            resume_round=state.client_rounds.get(name, 0),
-            keep_rounds=state.keep_rounds(name),
-            frozen=self._frozen(number, state),
-            personal=self._personal(state),
-            correction=correction.name if correction else "",
-            correction_settings=json.dumps(correction.settings if correction else {}),
-            new_factors=number > 1 and properties.refactors,
-            adds_to_base=properties.changes_base,
-        )
+        manifests = {member.name: member.manifest or state.manifest for member in members}
+        frozen, personal = self._frozen(number, state), self._personal(state)
+        settings = json.dumps(correction.settings if correction else {})
+        return {
+            name: RoundTask(
+                run=plan.run,
+                round=number,
+                num_rounds=plan.num_rounds,
+                attempt=attempt,
+                manifest=manifests[name].hash,
+                steps=plan.steps,
+                epochs=plan.epochs,
+                carry=plan.carry,
+                seed=plan.seed,
+                resume_round=state.client_rounds.get(name, 0),
+                keep_rounds=state.keep_rounds(name),
+                frozen=frozen,
+                personal=personal,
+                correction=correction.name if correction else "",
+                correction_settings=settings,
+                new_factors=number > 1 and properties.refactors,
+                adds_to_base=properties.changes_base,
+            )
+            for name in names
+        }
 
     def _frozen(self, number: int, state: ServerState) -> list[str]:
         """Trained tensors that stand still in a round."""
@@ -181,11 +202,6 @@ class CentralRounds:
     def _buffer(self, members: Sequence[Member]) -> int:
         """Updates that end a round while others are under way; 0 to wait for all."""
         return self._method.rule.buffer(sampled_clients(self._set.fraction_train, len(members)))
-
-    def _needed(self, result: RoundResult, members: Sequence[Member]) -> int:
-        """Good updates that the round needs, by `--min_replies` and by the rule."""
-        asked = needed_replies(self._set.min_replies, len(result.asked))
-        return self._buffer(members) or max(asked, self._method.rule.least_updates())
 
     def _judge(self, number: int, state: ServerState) -> Judge:
         """Bounds by finished rounds in which the same tensors trained."""
@@ -211,12 +227,14 @@ class CentralRounds:
             same_ranks=all(ranks == held[-1] for ranks in held),
         )
 
-    def _failure(self, result: RoundResult, needed: int, problem: str) -> AttemptFailedError:
-        few = f"{len(result.replies)} of {needed} needed updates"
-        why = "; ".join(f"{item.client}: {item.reason}" for item in result.refused[:3])
-        told = private(problem) if problem else f"{few} ({private(why)})"
-        failure = FailedAttempt(problem or f"{few} ({why})", tuple(result.refused))
-        return AttemptFailedError(failure, told)
+
+def _failure(result: RoundResult, needed: int, problem: str = "") -> AttemptFailedError:
+    few = f"{len(result.replies)} of {needed} needed updates"
+    why = "; ".join(f"{item.client}: {item.reason}" for item in result.refused[:3])
+    told = private(problem) if problem else f"{few} ({private(why)})"
+    return AttemptFailedError(
+        FailedAttempt(problem or f"{few} ({why})", tuple(result.refused)), told
+    )
 
 
 def _memory(state: ServerState) -> ServerMemory:

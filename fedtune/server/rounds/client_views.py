@@ -7,12 +7,14 @@ process, once.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedtune.adapters import Manifest
+from fedtune.strategies.lora.cumulative import Cumulative
 from fedtune.strategies.lora.manifests import ranks_in, ranks_of
 from fedtune.strategies.lora.ranks import resize
 from fedtune.transport.messages import RoundTask
@@ -40,10 +42,13 @@ class ClientViews:
 
     Args:
         key: of the random start that ranks beyond the global ones get.
+        added: what the method has added to the base.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], key: str) -> None:
-        self._whole, self._key = params, key
+    def __init__(
+        self, params: Mapping[str, Tensor], key: str, added: Cumulative | None = None
+    ) -> None:
+        self._whole, self._key, self._added = params, key, added or Cumulative()
         self._ranks = ranks_in(params)
         self._params = {self._named(self._ranks): dict(params)}
         self._records: dict[tuple[Ranks, frozenset[str]], ArrayRecord] = {}
@@ -51,6 +56,11 @@ class ClientViews:
     def shows(self, params: Mapping[str, Tensor], key: str) -> bool:
         """Whether these are views of that very object."""
         return self._whole is params and self._key == key
+
+    @cached_property
+    def base(self) -> ArrayRecord | None:
+        """What is added to the base, as a record; None where nothing is."""
+        return to_arrays(self._added.sent(self._whole)) if self._added.terms else None
 
     def params(self, manifest: Manifest | None) -> dict[str, Tensor]:
         """All parameters at a client's ranks; None: as they are."""

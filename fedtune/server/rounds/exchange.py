@@ -173,10 +173,14 @@ class DirectExchange:
         clients that have not answered in time.
         """
         there = {member.node: member for member in members}
+        views = self._views_of(current, number)
+        extras = {name: to_arrays(current.memory.extra(name)) for name in current.extras}
+        messages = self._messages(TRAIN, number, tasks, members, views, extras)
+        for member in members:
+            if member.name in tasks:
+                self._rounds[member.name] = PendingRound(tasks[member.name], views, member.node)
         replies = self._grid.send_and_receive(
-            self._train_messages(number, tasks, members, current),
-            timeout=self._timeout_s,
-            pending=self._pending,
+            messages, timeout=self._timeout_s, pending=self._pending
         )
         for message in replies:
             read = self._read(message, number, there, current)
@@ -192,13 +196,7 @@ class DirectExchange:
         self, number: int, tasks: Mapping[str, EvaluateTask], members: Sequence[Member], now: Global
     ) -> Scores:
         """Ask clients for scores of `now`; raises RoundError where none is of use."""
-        views, base = self._views_of(now, number + 1), self._base(now)
-        messages = []
-        for member in members:
-            if (task := tasks.get(member.name)) is not None:
-                arrays = views.record(member.manifest, task.personal if task.resume_round else ())
-                content = pack(arrays=arrays, base=base, config=task.record())
-                messages.append(Message(content, member.node, EVALUATE, group_id=str(number)))
+        messages = self._messages(EVALUATE, number, tasks, members, self._views_of(now, number + 1))
         replies = self._grid.send_and_receive(messages, timeout=self._timeout_s)
         names = {member.node: member.name for member in members}
         needed = any(member.evaluates for member in members)
@@ -209,20 +207,23 @@ class DirectExchange:
         for _ in self._grid.send_and_receive([], timeout=self._timeout_s, pending=self._pending):
             pass
 
-    def _train_messages(
-        self, number: int, tasks: Tasks, members: Sequence[Member], current: Global
+    def _messages(
+        self,
+        kind: str,
+        number: int,
+        tasks: Mapping[str, RoundTask] | Mapping[str, EvaluateTask],
+        members: Sequence[Member],
+        views: ClientViews,
+        extras: Mapping[str, ArrayRecord] | None = None,
     ) -> list[Message]:
         """One for each client that is asked; clients that get the same share one record."""
-        views, base = self._views_of(current, number), self._base(current)
-        extras = {name: to_arrays(current.memory.extra(name)) for name in current.extras}
-        ttl = self._timeout_s if math.isfinite(self._timeout_s) else None
+        ttl = self._timeout_s if kind == TRAIN and math.isfinite(self._timeout_s) else None
         messages = []
         for member in sorted(members, key=lambda member: member.name):
             if (task := tasks.get(member.name)) is not None:
-                self._rounds[member.name] = PendingRound(task, views, member.node)
                 arrays = views.record(member.manifest, task.personal if task.resume_round else ())
-                content = pack(arrays=arrays, extras=extras, base=base, config=task.record())
-                messages.append(Message(content, member.node, TRAIN, ttl=ttl, group_id=str(number)))
+                content = pack(arrays=arrays, extras=extras, base=views.base, config=task.record())
+                messages.append(Message(content, member.node, kind, ttl=ttl, group_id=str(number)))
         return messages
 
     def _read(
@@ -253,10 +254,5 @@ class DirectExchange:
         """Encoded once, though they are scored before they are trained from."""
         key = f"{self._seed}/{number}"
         if not self._views.shows(current.params, key):
-            self._views = ClientViews(current.params, key)
+            self._views = ClientViews(current.params, key, current.memory.base)
         return self._views
-
-    @staticmethod
-    def _base(current: Global) -> ArrayRecord | None:
-        base = current.memory.base
-        return to_arrays(base.sent(current.params)) if base.terms else None

@@ -15,16 +15,12 @@ from fedtune.client.app import client_app
 from fedtune.client.worker import Worker
 from fedtune.engines.inline import InlineGrid
 from fedtune.server.checkpoint import ServerState
-from fedtune.server.plan import Plan
-from fedtune.server.rounds.central import CentralRounds
-from fedtune.server.rounds.exchange import DirectExchange
-from fedtune.server.rounds.workflow import Setting
-from fedtune.strategies import FedAvg, Method
+from fedtune.strategies import FedAvg
 from fedtune.transport.grid import EagerGrid
 from fedtune.transport.messages import Member
 from fedtune.transport.records import params_of
 from tests.federation.scripted import in_a_task
-from tests.federation.small import small_worker
+from tests.federation.small import central, small_worker
 
 
 class Kept(EagerGrid):
@@ -33,11 +29,6 @@ class Kept(EagerGrid):
     def send_and_receive(self, *args: Any, **given: Any) -> Iterator[Message]:
         self.replies = list(super().send_and_receive(*args, **given))
         return iter(self.replies)
-
-
-def central(grid: EagerGrid, method: Method) -> CentralRounds:
-    plan = Plan(run="42", num_rounds=1, steps=2, epochs=0.0, carry=True, seed=42)
-    return CentralRounds(Setting(DirectExchange(grid), method, plan))
 
 
 def start_of(worker: Worker) -> ServerState:
@@ -57,7 +48,7 @@ def test_flowers_fedavg_reads_the_replies_of_real_clients(tmp_path: Path, weight
         grid = Kept(InlineGrid(client_app(lambda: worker), 3))
         members = [Member(*pair) for pair in zip(grid.get_node_ids(), worker.train, strict=True)]
         weight_by = "examples" if weighted_by == "num-examples" else "tokens"
-        workflow = central(grid, Method(FedAvg(weight_by=weight_by)))
+        workflow = central(grid, FedAvg(weight_by=weight_by), steps=2)
         mine = workflow.play(1, 1, members, start_of(worker)).params
         flower = FlowerFedAvg(weighted_by_key=weighted_by)
         received, metrics = flower.aggregate_train(1, grid.replies)
@@ -78,7 +69,7 @@ def test_flowers_fedavg_reads_our_evaluations(tmp_path: Path) -> None:
         grid = Kept(InlineGrid(client_app(lambda: worker), 2))
         names = dict(zip(grid.get_node_ids(), worker.train, strict=True))
         members = [Member(n, name, name == worker.evaluator) for n, name in names.items()]
-        mine = central(grid, Method()).score(3, members, start_of(worker)).mean
+        mine = central(grid).score(3, members, start_of(worker)).mean
         theirs = FlowerFedAvg().aggregate_evaluate(3, grid.replies)
     assert theirs is not None
     assert theirs.pop("num-tokens") == 66  # to Flower it is one more metric

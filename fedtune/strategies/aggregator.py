@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from fedtune.strategies.base import ClientStats, Round, Seen
@@ -39,7 +38,7 @@ class NotFiniteError(Exception):
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one client gives to a round, or a sum over several of them.
+    """What one client gives to a round.
 
     Attributes:
         params: the parameters it has trained.
@@ -47,7 +46,6 @@ class Contribution:
         start: the parameters it started from; None: the global ones.
         extras: name -> what its correction sends.
         age: rounds that have ended since it started.
-        clients: that it stands for.
         weight: of it in the mean; None: as the rule weighs its stats.
         squared_norm: |params - start|^2, where it is known.
     """
@@ -57,7 +55,6 @@ class Contribution:
     start: Params | None = None
     extras: Mapping[str, Params] = field(default_factory=dict)
     age: int = 0
-    clients: int = 1
     weight: float | None = None
     squared_norm: float | None = None
 
@@ -133,14 +130,14 @@ class Aggregation:
         self._method, self._sent_once = aggregator.method, aggregator.sent_once
         self._now, self._memory = now, memory
         self._fold = self._method.rule.fold(now)
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._like: Params = {}  # of no values: their dtypes, where no global value is known
         self._extras: dict[str, RunningMean] = {}
         self._certificate = Certificate(now.scaling) if certifies else None
         # A distance has a meaning where a parameter means the same before and after the round.
         comparable = same_ranks and not self._method.properties.refactors and memory is not None
         self._spread = Spread() if comparable else None
         self._longest = 0.0
-        self.stats: list[ClientStats] = []
+        self._stats: list[ClientStats] = []
 
     def add(self, one: Contribution) -> None:
         """Fold one contribution in.
@@ -153,8 +150,8 @@ class Aggregation:
         start = reference if one.start is None else one.start
         params = rule.rebase(one.params, start, reference, one.age)
         self._fold.add(params, weight)
-        self._dtypes = self._dtypes or {n: t.dtype for n, t in one.params.items()}
-        self.stats.append(one.stats)
+        self._like = self._like or {name: value.new_empty(0) for name, value in one.params.items()}
+        self._stats.append(one.stats)
         for name, change in one.extras.items():
             self._extras.setdefault(name, RunningMean()).add(change, rule.share(one.stats))
         if self._certificate is not None:
@@ -187,7 +184,7 @@ class Aggregation:
             NotFiniteError: something of it is NaN or infinite.
         """
         old, result = self._now.reference, self.result
-        rate = self._method.rule.server_rate(self.stats)
+        rate = self._method.rule.server_rate(self._stats)
         most = self._most_rate(rate, result)
         new, memory = self._advance(result, min(rate, most), ever)
         where = not_finite({**old, **new}, memory) if self._memory is not None else ""
@@ -214,11 +211,8 @@ class Aggregation:
         new: dict[str, Tensor] = {}
         state: MethodState = {name: dict(kept) for name, kept in memory.method_state.items()}
         for name, value in toward(old, result, rate).items():
-            if method.optimizer is None:
-                new[name], state[name] = value.to(self._dtypes[name]), {}
-                continue
             kept = {k: one for k, one in state.get(name, {}).items() if k not in method.extras}
-            new[name], state[name] = method.optimizer.step(old[name], value, kept)
+            new[name], state[name] = method.step(old.get(name, self._like[name]), value, kept)
         extras = self._advanced_extras(memory, ever)
         for key, tensors in extras.items():
             for name, value in tensors.items():
@@ -234,7 +228,7 @@ class Aggregation:
             return {}
         before = {name: memory.extra(name) for name in correction.extras}
         changes = {name: mean.result() for name, mean in self._extras.items()}
-        seen = Seen(memory.extras_clients, ever, len(self.stats))
+        seen = Seen(memory.extras_clients, ever, len(self._stats))
         return correction.advance(before, changes, seen)
 
     def _most_rate(self, rate: float, result: Params) -> float:

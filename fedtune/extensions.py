@@ -44,6 +44,10 @@ class Extensions(Mapping[str, T]):
         found: T = self._loaded[name]
         return found
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a name; one of another package has to be there to be loaded."""
+        return name in self.built_in or super().__contains__(name)
+
     def __iter__(self) -> Iterator[str]:
         yield from self.built_in
         yield from sorted(self._found)

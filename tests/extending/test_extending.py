@@ -145,14 +145,10 @@ def test_what_is_wrong_is_one_line(
 @pytest.mark.slow
 def test_on_real_nodes(tmp_path: Path) -> None:
     words = "--strategy by_steps+part_of_the_way --workflow in_turn --engine flower"
-    ended = recipe(install(tmp_path), tmp_path / "run", words)
+    env = install(tmp_path)
+    ended = recipe(env, tmp_path / "run", words)
     assert ended.returncode == 0, ended.stderr
-    inline = recipe(install_env(tmp_path), tmp_path / "inline", words.replace("flower", "inline"))
+    inline = recipe(env, tmp_path / "inline", words.replace("flower", "inline"))
     assert inline.returncode == 0, inline.stderr
     losses = [[one["eval_loss"] for one in rounds(tmp_path / name)] for name in ("run", "inline")]
     assert losses[0] == losses[1]
-
-
-def install_env(directory: Path) -> dict[str, str]:
-    """The environment of what is installed already."""
-    return {**os.environ, "PYTHONPATH": f"{directory}{os.pathsep}{REPOSITORY}"}

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedtune.deploy.superlink_runs import federation_of
 from fedtune.deploy.waiting import START_S, Waiting
 from fedtune.errors import FedtuneError, RoundError
-from fedtune.files import read_json
 from fedtune.report.progress import Progress
 from fedtune.results.round_record import ROUNDS, RoundRecord, read_rounds
-from fedtune.server.submission import FEDERATION
 
 __all__ = ["follow"]
 
@@ -54,7 +53,7 @@ def follow(
         if earlier := len(_rounds(directory)):  # of a run that is resumed
             progress.advance(earlier)
         while True:
-            state = _read(directory / FEDERATION, since)
+            state = _read(directory, since)
             rounds = _rounds(directory) if state else []
             before, shown = shown, _show_sites(state, shown, known)
             base = _show_base(state, base)
@@ -77,7 +76,7 @@ def follow(
                 pause_s = max(ALIVE_S, ALIVE_SHARE * (asked - began))
                 # a busy machine may fail to answer once; and what the server wrote last may have
                 # come after the last look
-                same = _read(directory / FEDERATION, since) == state
+                same = _read(directory, since) == state
                 doubts = doubts + 1 if reason and same else 0
                 if doubts == DOUBTS:
                     raise RoundError(_ended(str(reason), len(rounds) + 1 if state else 0))
@@ -93,11 +92,8 @@ def _ended(reason: str, number: int) -> str:
     return f"the server ended {where} without a word ({reason.rstrip('.')})."
 
 
-def _read(path: Path, since: float) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = read_json(path)
-    except (OSError, ValueError):
-        return {}
+def _read(directory: Path, since: float) -> dict[str, Any]:
+    state = federation_of(directory)
     return state if state.get("time", 0.0) >= since else {}
 
 

@@ -14,6 +14,7 @@ from fedtune.report import figures
 from fedtune.report.intervals import Interval
 from fedtune.report.side_by_side import RunRow
 from fedtune.report.unlike import Note
+from fedtune.results.round_record import WireBytes
 
 __all__ = ["FORMATS", "records", "render_runs", "rows_of_words"]
 
@@ -143,7 +144,7 @@ def rows_of_words(rows: Sequence[RunRow]) -> list[list[str]]:
             _loss(row),
             _best(row),
             *([_difference(row)] if len(rows) > 1 else []),
-            figures.megabytes(_sum(row.bytes_up, row.bytes_down)),
+            figures.megabytes(WireBytes(row.bytes_up, row.bytes_down).sent),
             figures.seconds(row.seconds),
         ]
         for row in rows
@@ -187,10 +188,6 @@ def _short(value: str) -> str:
 
 def _one_line(words: str) -> str:
     return " ".join(words.split())
-
-
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None and other is None else (one or 0) + (other or 0)
 
 
 def _under(notes: Sequence[Note], bullet: str = "") -> list[str]:

@@ -124,19 +124,14 @@ def _check_names(strategy: str, names: list[str]) -> None:
 
 
 def _check_pairs(strategy: str, names: list[str], method: Method) -> None:
-    rule = next((name for name in names if METHODS[name].axis == "rule"), "")
-    for name, part in zip(names, (_part(method, name) for name in names), strict=True):
-        reason = None if name == rule else why_not(part, method.rule)
-        if rule and reason is not None:
+    rule = next((name for name in names if METHODS[name].axis == "rule"), "fedavg")
+    for name in names:
+        reason = why_not(getattr(method, FIELDS[METHODS[name].axis]), method.rule)
+        if reason is not None:
             raise ConfigError(
                 f"--strategy {strategy}: {name} does not go with {rule}: {reason}. "
                 "Leave one of them out."
             )
-
-
-def _part(method: Method, name: str) -> Part:
-    part: Part = getattr(method, FIELDS[METHODS[name].axis])
-    return part
 
 
 def _route(
